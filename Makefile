@@ -1,0 +1,49 @@
+# `make demo` and `make test` do all the set-up that they need on a machine with Python 3.11+ and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types unit mesh format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(STAMP) ## Create .venv and install everything, pinned
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo "The venv module is missing: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 2; }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,environments,dev]'
+	@touch $@
+
+demo: $(STAMP) ## Train a real model by reinforcement learning, and see it learn
+	$(BIN)/openrl demo
+
+test: lint types unit mesh ## All quality gates
+
+lint: $(STAMP) ## Style, format, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(STAMP) ## Static types, strict
+	$(BIN)/mypy
+
+unit: $(STAMP) ## Pure policies, contracts, engines
+	$(BIN)/python -m pytest tests/unit tests/contracts tests/engines tests/gpu
+
+mesh: $(STAMP) ## Real nats-server, real services, one of them as processes
+	$(BIN)/python -m pytest tests/mesh
+
+format: $(STAMP) ## Rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove what was built here; data and models stay
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

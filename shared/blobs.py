@@ -1,0 +1,95 @@
+"""Blobs: what is too large for the bus, above all weights.
+
+Over `obstore`: a local directory, `s3://bucket/prefix` or `gs://bucket/prefix`, with the usual environment variables
+of those services. A blob is written once and never changes; whoever reads it compares the checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import LocalStore, ObjectStore, from_url
+
+from shared.contracts.blobs import BlobRef
+from shared.errors import PermanentError, StorageFull, TemporaryError, UserError
+
+
+class Blobs(Protocol):
+    """A place for blobs."""
+
+    async def put(self, key: str, content: bytes) -> BlobRef:
+        """Write a blob. Writing the same content again is harmless, other content under the same key an error."""
+
+    async def get(self, ref: BlobRef) -> bytes:
+        """Read a blob. Raise `PermanentError` if it is missing or not what `ref` says."""
+
+    async def delete(self, key: str) -> None:
+        """Remove a blob, if it is there."""
+
+
+class BlobStore:
+    """Blobs in a directory or a bucket."""
+
+    def __init__(self, url: str) -> None:
+        """`url` is a directory or a URL that `obstore` knows. Raise `UserError` for any other."""
+        self.url = url
+        try:
+            self._store: ObjectStore = from_url(url) if "://" in url else LocalStore(_directory(url), mkdir=True)
+        except (BaseError, OSError, ValueError) as error:
+            raise UserError(f"blob store {url!r} cannot be opened: {_first_line(error)}") from None
+
+    def path(self, key: str) -> Path | None:
+        """Where a blob lies in the file system; None for a bucket."""
+        return None if "://" in self.url else _directory(self.url) / key
+
+    async def put(self, key: str, content: bytes) -> BlobRef:
+        """See `Blobs.put`. Raise `StorageFull` when there is no room."""
+        ref = BlobRef(key=key, sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+        try:
+            await obstore.put_async(self._store, key, content, mode="create")
+        except AlreadyExistsError:
+            await self.get(ref)
+        except (BaseError, OSError) as error:
+            raise _storage_error(f"blob {key!r} cannot be written to {self.url}", error) from None
+        return ref
+
+    async def get(self, ref: BlobRef) -> bytes:
+        """See `Blobs.get`."""
+        try:
+            answer = await obstore.get_async(self._store, ref.key)
+            content = bytes(await answer.bytes_async())
+        except FileNotFoundError:
+            raise PermanentError(f"blob {ref.key!r} is missing from {self.url}") from None
+        except (BaseError, OSError) as error:
+            raise TemporaryError(f"blob {ref.key!r} cannot be read from {self.url}: {_first_line(error)}") from None
+        if hashlib.sha256(content).hexdigest() != ref.sha256:
+            raise PermanentError(f"blob {ref.key!r} in {self.url} is not what was written: its checksum differs")
+        return content
+
+    async def delete(self, key: str) -> None:
+        """See `Blobs.delete`."""
+        try:
+            await obstore.delete_async(self._store, key)
+        except FileNotFoundError:
+            return
+        except (BaseError, OSError) as error:
+            raise TemporaryError(f"blob {key!r} cannot be deleted: {_first_line(error)}") from None
+
+
+def _directory(url: str) -> Path:
+    return Path(url).expanduser().absolute()
+
+
+def _storage_error(what: str, error: Exception) -> TemporaryError:
+    text = str(error)
+    if "No space left" in text or "StorageFull" in text or "quota" in text.lower():
+        return StorageFull(f"{what}: no space left. Free some; the work goes on by itself then", delay=5.0)
+    return TemporaryError(f"{what}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0]

@@ -1,0 +1,418 @@
+"""The bus: typed messages over NATS JetStream.
+
+Publishing waits until the server has stored the message, and tries again with the same message id while the server is
+away, so nothing is lost or doubled. Logs are read by sequence number rather than through server-side consumers: the
+reader's place is a number that it keeps itself, and a restarted server or reader simply goes on from there; a plain
+subscription only wakes it. Work queues are read by `shared.worker`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import ConnectionClosedError, ConnectionReconnectingError, NoRespondersError
+from nats.errors import Error as NatsError
+from nats.js import JetStreamContext, api
+from nats.js import errors as js_errors
+
+from shared import observe, topology, wire
+from shared.blobs import Blobs
+from shared.contracts.blobs import BlobRef
+from shared.contracts.results import DeadLetter, RequestFailed, Result
+from shared.errors import MeshError, PermanentError, StorageFull, TemporaryError, UserError, failure_of
+from shared.tables import Stored, Table, stored
+from shared.topology import Bucket, Channel, Stream
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+CLAIM_CHECK_BYTES = 512 * 1024
+"""A larger body goes to the blob store; the message carries the reference."""
+BLOB_HEADER = "Openrl-Blob"
+REQUEST_HEADER = "Openrl-Request"
+PUBLISH_PATIENCE = 20.0
+"""Seconds that a publisher waits for a server that is away: a cluster elects a new leader in up to seven."""
+CONNECT_PATIENCE = 5.0
+"""Seconds to wait for a server at the start: it may be starting too."""
+BACKSTOP = 5.0
+"""Seconds after which a reader looks again although nothing woke it: a wake-up may be lost when a connection breaks."""
+_WAKE_DELAYS = (0.002, 0.01, 0.05, 0.2, 1.0)
+"""A wake-up may come before the stream has stored the message, so look again soon."""
+_FULL = {10023, 10047, 10077, 10122}
+"""JetStream's codes for: insufficient resources, insufficient storage, stream at its size, maximum storage exceeded."""
+_AWAY = (TimeoutError, js_errors.NoStreamResponseError, js_errors.ServiceUnavailableError,
+         ConnectionReconnectingError, NoRespondersError)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Delivery(Generic[T]):
+    """A message as it came."""
+
+    message: T
+    subject: str
+    seq: int
+    """Its place in the stream."""
+    deliveries: int = 1
+    """How often it was given out, this time included."""
+    json: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Bus:
+    """A connection to the mesh."""
+
+    def __init__(self, client: Client, blobs: Blobs, name: str) -> None:
+        """Use `connect`."""
+        self.client = client
+        self.stream_context: JetStreamContext = client.jetstream(timeout=5.0)
+        self.blobs = blobs
+        self.asker = f"{topology.token(name)}-{uuid.uuid4().hex[:8]}"
+        self._waiting: dict[str, asyncio.Future[Result]] = {}
+        self._answers_open = False
+
+    @classmethod
+    async def connect(cls, url: str, blobs: Blobs, *, name: str) -> Bus:
+        """Connect and see to it that streams and buckets are there.
+
+        Raise `UserError` if no server answers at `url`; later interruptions are waited out.
+        """
+        client = Client()
+        try:
+            async with asyncio.timeout(CONNECT_PATIENCE):
+                await client.connect(
+                    url,
+                    name=name,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=1,
+                    connect_timeout=3,
+                    error_cb=_log_error,
+                    pending_size=64 * topology.MIB,
+                )
+        except (OSError, NatsError):
+            await client.close()
+            raise UserError(
+                f"no nats-server answers at {url} within {CONNECT_PATIENCE:g} s: start one, or set nats_url"
+            ) from None
+        bus = cls(client, blobs, name)
+        await bus._ensure()
+        return bus
+
+    @property
+    def connected(self) -> bool:
+        """Whether the server can be reached at this moment."""
+        return self.client.is_connected
+
+    async def close(self) -> None:
+        """Say goodbye. What was published has already been stored."""
+        for waiting in self._waiting.values():
+            waiting.cancel()
+        if not self.client.is_closed:
+            await self.client.close()
+
+    # -- publishing ----------------------------------------------------------------------------------------------
+
+    async def publish(
+        self,
+        channel: Channel[T],
+        message: T,
+        *,
+        msg_id: str | None = None,
+        json: bool | None = None,
+        **parts: str,
+    ) -> int:
+        """Store a message on its channel and return its place in the stream.
+
+        A second message with the same `msg_id` (within the stream's window) is dropped by the server. `json`
+        overrides the channel's own choice. Raise `StorageFull` or `TemporaryError`; in both cases nothing was stored,
+        or the same `msg_id` may safely be sent again.
+        """
+        as_json = channel.json if json is None else json
+        body = wire.encode(message, json=as_json)
+        headers = {wire.CONTENT_TYPE: wire.JSON if as_json else wire.MSGPACK, **observe.trace_headers()}
+        if request := getattr(message, "request_id", None):
+            headers[REQUEST_HEADER] = request
+        if len(body) > CLAIM_CHECK_BYTES:
+            headers[BLOB_HEADER] = await self._check_in(body)
+            body = b""
+        headers[api.Header.MSG_ID.value] = msg_id or uuid.uuid4().hex
+        return await self._store(channel.subject(**parts), body, headers)
+
+    async def answer(self, result: Result, *, json: bool | None = None) -> None:
+        """Publish the one answer of a request. A second one for the same request is dropped."""
+        await self.publish(
+            topology.ANSWERS, result, msg_id=f"answer/{result.request_id}", json=json, request=result.request_id
+        )
+
+    async def bury(self, stream: str, subject: str, body: bytes, headers: Mapping[str, str], why: str, n: int) -> None:
+        """Keep a message that cannot be handled, with its reason, and tell whoever asked."""
+        log.error("message on %s given up after %d deliveries: %s", subject, n, why)
+        letter = DeadLetter(stream=stream, subject=subject, reason=why, deliveries=n, body=body, headers=dict(headers))
+        await self.publish(topology.DEAD_LETTERS, letter, stream=stream)
+
+    async def refuse(self, request: str, error: BaseException, *, json: bool | None = None) -> None:
+        """Answer a request with why nothing came of it."""
+        await self.answer(RequestFailed(request_id=request, failure=failure_of(error)), json=json)
+
+    async def _check_in(self, body: bytes) -> str:
+        ref = await self.blobs.put(f"messages/{uuid.uuid4().hex}", body)
+        return wire.encode(ref, json=True).decode()
+
+    async def _store(self, subject: str, body: bytes, headers: dict[str, str]) -> int:
+        give_up = asyncio.get_running_loop().time() + PUBLISH_PATIENCE
+        while True:
+            try:
+                return (await self.stream_context.publish(subject, body, timeout=3.0, headers=headers)).seq
+            except js_errors.APIError as error:
+                if error.err_code in _FULL:
+                    raise StorageFull(f"the bus has no room for {subject}: {error.description}", delay=5.0) from None
+                if not isinstance(error, _AWAY):
+                    raise PermanentError(f"the bus refuses a message on {subject}: {error.description}") from None
+            except _AWAY:
+                pass
+            except ConnectionClosedError:
+                raise TemporaryError(f"not connected to the bus: {subject} was not published") from None
+            if asyncio.get_running_loop().time() > give_up:
+                raise TemporaryError(f"the bus did not store a message on {subject} in {PUBLISH_PATIENCE:.0f} s")
+            await asyncio.sleep(0.2)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    async def follow(self, channel: Channel[T], *, after: int = 0, **parts: str) -> AsyncIterator[Delivery[T]]:
+        """Every message of a channel behind place `after`, in order, and then each new one as it comes.
+
+        Without `parts`, the messages of all its subjects. What cannot be decoded is buried and passed over.
+        """
+        subject = channel.subject(**parts) if parts else channel.pattern
+        async for raw in self.read(channel.stream.name, subject, after=after):
+            try:
+                message, json = await self.open(channel, raw.body, raw.headers)
+            except PermanentError as error:
+                await self.bury(channel.stream.name, raw.subject, raw.body, raw.headers, str(error), 1)
+                if request := raw.headers.get(REQUEST_HEADER):
+                    await self.refuse(request, error)
+                continue
+            yield Delivery(message, raw.subject, raw.seq, json=json, headers=raw.headers)
+
+    async def read(self, stream: str, subject: str, *, after: int = 0) -> AsyncIterator[Stored]:
+        """Messages as bytes, of a stream on a subject (wildcards allowed), in order, for ever."""
+        wake = asyncio.Event()
+
+        async def woken(_: Msg) -> None:
+            wake.set()
+
+        subscription = await self.client.subscribe(subject, cb=woken)
+        place = after
+        delays = iter(_WAKE_DELAYS)
+        try:
+            while True:
+                wake.clear()
+                raw = await self._next(stream, subject, place + 1)
+                if raw is not None:
+                    place = raw.seq
+                    delays = iter(_WAKE_DELAYS)
+                    yield raw
+                    continue
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(next(delays, BACKSTOP)):
+                        await wake.wait()
+                    delays = iter(_WAKE_DELAYS)
+        finally:
+            with contextlib.suppress(ConnectionClosedError):
+                await subscription.unsubscribe()
+
+    async def open(self, channel: Channel[T], body: bytes, headers: Mapping[str, str]) -> tuple[T, bool]:
+        """Decode a body, fetched from the blob store first if it lies there. Returns the message and if it was JSON."""
+        if ref := headers.get(BLOB_HEADER):
+            body = await self.blobs.get(wire.decode(ref.encode(), BlobRef, json=True))
+        json = wire.is_json(dict(headers), body)
+        return wire.decode(body, channel.type, json=json), json
+
+    async def discard_body(self, headers: Mapping[str, str]) -> None:
+        """Remove a body that went to the blob store, once nobody will read it again."""
+        ref = wire.decode(headers[BLOB_HEADER].encode(), BlobRef, json=True)
+        await self.blobs.delete(ref.key)
+
+    async def _next(self, stream: str, subject: str, seq: int) -> Stored | None:
+        try:
+            return stored(await self.stream_context.get_msg(stream, seq=seq, subject=subject, direct=True, next=True))
+        except js_errors.NotFoundError:
+            return None
+        except (*_AWAY, ConnectionClosedError, js_errors.APIError) as error:
+            if self.client.is_closed:
+                raise TemporaryError("the connection to the bus is closed") from None
+            log.warning("reading %s: %s, trying again", subject, error)
+            await asyncio.sleep(0.5)
+            return None
+
+    async def last_place(self, channel: Channel[Any], **parts: str) -> int:
+        """Place of the newest message of a channel; 0 if there is none."""
+        subject = channel.subject(**parts) if parts else channel.pattern
+        try:
+            return (await self.stream_context.get_msg(channel.stream.name, subject=subject, direct=True)).seq or 0
+        except js_errors.NotFoundError:
+            return 0
+
+    async def purge(self, channel: Channel[Any], *, up_to: int, **parts: str) -> None:
+        """Remove the messages of one subject up to and including place `up_to`."""
+        await self.stream_context.purge_stream(channel.stream.name, seq=up_to + 1, subject=channel.subject(**parts))
+
+    # -- asking --------------------------------------------------------------------------------------------------
+
+    def new_request(self) -> str:
+        """A request id whose answer this process will see."""
+        return f"{self.asker}.{uuid.uuid4().hex}"
+
+    async def ask(
+        self,
+        channel: Channel[T],
+        message: T,
+        *,
+        msg_id: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - bounds the answer, not this call's own clean-up
+        **parts: str,
+    ) -> Result:
+        """Publish a request and wait for its answer, for which it has a `request_id`.
+
+        With an id of the caller's own making (not from `new_request`) the answer may have come before: it is found.
+        Raise `UserError` or `PermanentError` if the request was refused, `TemporaryError` after `timeout` seconds.
+        """
+        request = str(getattr(message, "request_id"))  # noqa: B009 - every request has one; T cannot say so
+        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._waiting[request] = answer
+        try:
+            async with self._listening(request), asyncio.timeout(timeout):
+                await self.publish(channel, message, msg_id=msg_id or request, json=None, **parts)
+                return checked(await self._answered(request, answer))
+        except TimeoutError:
+            raise TemporaryError(f"no answer to a request on {channel.name} in {timeout or 0:g} s") from None
+        finally:
+            self._waiting.pop(request, None)
+
+    async def answer_of(self, request: str) -> Result | None:
+        """The answer of a request, if it is there and not older than an hour."""
+        subject = topology.ANSWERS.subject(request=request)
+        try:
+            raw = await self.stream_context.get_msg(topology.RESULTS.name, subject=subject, direct=True)
+        except (js_errors.NotFoundError, *_AWAY):
+            return None
+        result, _ = await self.open(topology.ANSWERS, raw.data or b"", raw.headers or {})
+        return result
+
+    async def _answered(self, request: str, answer: asyncio.Future[Result]) -> Result:
+        patience = BACKSTOP if self._is_own(request) else 0.0
+        while True:
+            done, _ = await asyncio.wait([answer], timeout=patience)
+            if done:
+                return answer.result()
+            if (earlier := await self.answer_of(request)) is not None:
+                return earlier
+            patience = BACKSTOP
+
+    def _is_own(self, request: str) -> bool:
+        return request.startswith(f"{self.asker}.")
+
+    @contextlib.asynccontextmanager
+    async def _listening(self, request: str) -> AsyncIterator[None]:
+        """Hear the answer: one subscription for all requests of `new_request`, one each for others."""
+        if not self._is_own(request):
+            subscription = await self.client.subscribe(topology.ANSWERS.subject(request=request), cb=self._on_answer)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(NatsError):
+                    await subscription.unsubscribe()
+            return
+        if not self._answers_open:
+            self._answers_open = True
+            await self.client.subscribe(f"{topology.ANSWERS.subject(request=self.asker)}.>", cb=self._on_answer)
+        yield
+
+    async def _on_answer(self, msg: Msg) -> None:
+        request = (msg.headers or {}).get(REQUEST_HEADER, "")
+        waiting = self._waiting.get(request)
+        if waiting is None or waiting.done():
+            return
+        try:
+            result, _ = await self.open(topology.ANSWERS, msg.data, msg.headers or {})
+        except MeshError as error:
+            result = RequestFailed(request_id=request, failure=failure_of(error))
+        if not waiting.done():
+            waiting.set_result(result)
+
+    # -- tables --------------------------------------------------------------------------------------------------
+
+    def table(self, bucket: Bucket[T]) -> Table[T]:
+        """The key-value bucket as a typed table."""
+        return Table(self, bucket)
+
+    async def _ensure(self) -> None:
+        for stream in topology.STREAMS:
+            await self._ensure_stream(_stream_config(stream))
+        for bucket in topology.BUCKETS:
+            await self._ensure_stream(_bucket_config(bucket))
+
+    async def _ensure_stream(self, config: api.StreamConfig) -> None:
+        give_up = asyncio.get_running_loop().time() + PUBLISH_PATIENCE
+        while True:
+            try:
+                await self.stream_context.add_stream(config)
+                return
+            except js_errors.BadRequestError:
+                # It is there with other settings, from an older version: bring it up to date.
+                await self.stream_context.update_stream(config)
+                return
+            except _AWAY as error:
+                if asyncio.get_running_loop().time() > give_up:
+                    raise UserError(f"JetStream does not answer ({error}): start nats-server with -js") from None
+                await asyncio.sleep(0.2)
+
+
+def checked(result: Result) -> Result:
+    """The result itself. Raise `UserError` or `PermanentError` if it says that the request failed."""
+    if isinstance(result, RequestFailed):
+        kind = UserError if result.failure.kind == "user" else PermanentError
+        raise kind(result.failure.message)
+    return result
+
+
+async def _log_error(error: Exception) -> None:
+    log.warning("connection to the bus: %s", error or type(error).__name__)
+
+
+def _stream_config(stream: Stream) -> api.StreamConfig:
+    return api.StreamConfig(
+        name=stream.name,
+        subjects=list(stream.subjects),
+        retention=api.RetentionPolicy(stream.kept.value),
+        max_age=stream.max_age,
+        max_bytes=stream.max_bytes,
+        discard=api.DiscardPolicy.OLD if stream.drops_oldest else api.DiscardPolicy.NEW,
+        duplicate_window=stream.duplicate_window,
+        storage=api.StorageType.FILE,
+        allow_direct=True,
+    )
+
+
+def _bucket_config(bucket: Bucket[Any]) -> api.StreamConfig:
+    """A KV bucket as NATS defines it (its ADR-8), with a history of one."""
+    return api.StreamConfig(
+        name=f"KV_{bucket.name}",
+        subjects=[f"$KV.{bucket.name}.>"],
+        retention=api.RetentionPolicy.LIMITS,
+        max_age=bucket.ttl,
+        max_msgs_per_subject=1,
+        discard=api.DiscardPolicy.NEW,
+        duplicate_window=min(bucket.ttl, 120.0) if bucket.ttl else 120.0,
+        storage=api.StorageType.FILE,
+        allow_direct=True,
+        allow_rollup_hdrs=True,
+        deny_delete=True,
+    )

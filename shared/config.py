@@ -1,0 +1,81 @@
+"""Configuration of a service: a struct, filled from a TOML file and the environment, at `__main__` only.
+
+`OPENRL_<SERVICE>_<FIELD>` in the environment goes before the file. Unknown keys in either are errors, since they are
+most likely misspelt ones.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from shared.errors import UserError
+
+
+class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every service is told."""
+
+    nats_url: str = "nats://127.0.0.1:4222"
+    """Where the bus is."""
+    blob_url: str = ".openrl/blobs"
+    """Directory or bucket URL of the blob store."""
+    replica: str = ""
+    """Name of this process. Empty: service, host and process id."""
+    host: str = "127.0.0.1"
+    """Address to serve /healthz and /metrics on. Loopback unless asked otherwise."""
+    metrics_port: int = 0
+    """0: a free port; the `replicas` bucket says which."""
+    log_level: str = "INFO"
+    drain_seconds: float = 8.0
+    """How long running work may take to finish after SIGTERM; then it is handed back."""
+
+
+ConfigT = TypeVar("ConfigT", bound=ServiceConfig)
+
+
+def load(kind: type[ConfigT], service: str, path: Path | None, environ: Mapping[str, str] | None = None) -> ConfigT:
+    """Read a service's configuration. Raise `UserError` that names the key and where it stands."""
+    values = _from_file(path) if path else {}
+    values |= _from_environment(kind, service, os.environ if environ is None else environ)
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise UserError(f"configuration of {service}: {error} (known keys: {', '.join(_fields(kind))})") from None
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"configuration file {path} cannot be read: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"configuration file {path} is not valid TOML: {error}") from None
+
+
+def _from_environment(kind: type[ConfigT], service: str, environ: Mapping[str, str]) -> dict[str, Any]:
+    prefix = f"OPENRL_{service.upper()}_"
+    values: dict[str, Any] = {}
+    for key, text in environ.items():
+        if not key.startswith(prefix):
+            continue
+        name = key.removeprefix(prefix).lower()
+        if name not in _fields(kind):
+            raise UserError(f"environment variable {key} is unknown: {service} has {', '.join(_fields(kind))}")
+        values[name] = _parsed(text)
+    return values
+
+
+def _parsed(text: str) -> Any:
+    """A list or table is written as JSON; everything else is taken as it stands and converted to the field's type."""
+    if text[:1] in ("{", "["):
+        return msgspec.json.decode(text)
+    return text
+
+
+def _fields(kind: type[ConfigT]) -> tuple[str, ...]:
+    return kind.__struct_fields__

@@ -1,0 +1,23 @@
+"""What each process of the mesh says of itself."""
+
+from __future__ import annotations
+
+from shared.contracts.base import Contract
+
+
+class ReplicaRecord(Contract):
+    """A living process; its entry in the `replicas` bucket goes away by itself when it stops renewing it."""
+
+    replica: str
+    service: str
+    pid: int
+    host: str
+    metrics_port: int
+    activity: str = "starting"
+    """What it is doing now, for people."""
+    ready: bool = False
+    base_model: str | None = None
+    """Samplers and trainers: what they serve."""
+    started: float = 0.0
+    offers: list[str] = []
+    """Environments and rewards that can be named in a job; for samplers and trainers the losses and engines."""

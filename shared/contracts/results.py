@@ -1,0 +1,29 @@
+"""Answers on the RESULTS stream. A request always gets one: what it asked for, or why not."""
+
+from __future__ import annotations
+
+from shared.contracts.base import Contract, Failure
+from shared.contracts.jobs import JobAnswer
+from shared.contracts.sampling import SampleResult
+from shared.contracts.training import OperationResult
+
+
+class RequestFailed(Contract, tag_field="kind", tag="failed"):
+    """Nothing came of the request."""
+
+    request_id: str
+    failure: Failure
+
+
+Result = OperationResult | SampleResult | JobAnswer | RequestFailed
+
+
+class DeadLetter(Contract):
+    """A message that could not be handled, kept with its reason."""
+
+    stream: str
+    subject: str
+    reason: str
+    deliveries: int
+    body: bytes
+    headers: dict[str, str] = {}

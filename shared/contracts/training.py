@@ -1,0 +1,140 @@
+"""Training operations, the entries of a run's log, and their results.
+
+A run's state is a fold over its operations in `seq` order, beginning with `CreateRun` at seq 0. A refused or failed
+operation still uses up its seq. Losses and their formulas are in `shared.models.losses`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from shared.contracts.arrays import Float32s, Int32s
+from shared.contracts.base import Contract, Strict
+from shared.contracts.blobs import BlobRef
+from shared.contracts.policies import LoraSpec, PolicyRecord
+
+LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo"]
+
+
+class AdamParams(Strict):
+    """AdamW with decoupled weight decay (Loshchilov and Hutter 2017, arXiv:1711.05101); may change at every step."""
+
+    learning_rate: Annotated[float, msgspec.Meta(ge=0)] = 1e-4
+    beta1: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.95
+    eps: Annotated[float, msgspec.Meta(gt=0)] = 1e-12
+    weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    grad_clip_norm: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """Largest allowed L2 norm of the run's whole gradient. 0: no clipping."""
+
+
+class Datum(Contract):
+    """One training sequence. All arrays have the length N of `tokens`; entry i belongs to predicting `targets[i]`."""
+
+    tokens: Int32s
+    """Model input, N token ids."""
+    targets: Int32s
+    """The token to predict at each position, N ids."""
+    weights: Float32s | None = None
+    """Per-token weight of `cross_entropy`, or a mask of 0 and 1 for the policy losses. None: 1 everywhere."""
+    logprobs: Float32s | None = None
+    """Log-probabilities under the sampling policy, for the policy losses."""
+    advantages: Float32s | None = None
+    """For the policy losses."""
+
+
+class LossSpec(Contract):
+    """A loss by name with its parameters, for instance `ppo` with `clip_low` and `clip_high`."""
+
+    name: LossName
+    params: dict[str, float] = {}
+
+
+class Operation(Contract, tag_field="op", kw_only=True):
+    """An entry of a run's log."""
+
+    run: str
+    seq: Annotated[int, msgspec.Meta(ge=0)]
+    request_id: str
+    """Where the result goes."""
+    owner: str = "default"
+
+
+class CreateRun(Operation, tag="create", kw_only=True):
+    """Begin a run with a fresh adapter. Always seq 0."""
+
+    base_model: str
+    lora: LoraSpec = LoraSpec()
+
+
+class ForwardBackward(Operation, tag="forward_backward", kw_only=True):
+    """Compute a loss and add its gradient to the run's, or only compute it."""
+
+    data: list[Datum]
+    loss: LossSpec
+    forward_only: bool = False
+
+
+class OptimStep(Operation, tag="optim_step", kw_only=True):
+    """Apply the gathered gradient and clear it."""
+
+    adam: AdamParams = AdamParams()
+
+
+class SavePolicy(Operation, tag="save_policy", kw_only=True):
+    """Publish the present weights as the immutable policy `run@version`."""
+
+    version: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class SaveState(Operation, tag="save_state", kw_only=True):
+    """Write a checkpoint of weights and optimizer under a name, to load or to resume from."""
+
+    name: str
+
+
+AnyOperation = CreateRun | ForwardBackward | OptimStep | SavePolicy | SaveState
+
+
+class OperationResult(Contract, tag_field="kind", tag="operation"):
+    """What an operation gave: the fields that its kind of operation fills."""
+
+    request_id: str
+    run: str
+    seq: int
+    metrics: dict[str, float] = {}
+    """Named `what:reduction`, for instance `loss:sum`; the reduction joins the parts of a split batch."""
+    logprobs: list[Float32s] = []
+    """Of `targets`, one array of N for each datum."""
+    policy: PolicyRecord | None = None
+    checkpoint: BlobRef | None = None
+
+
+class SnapshotRecord(Contract):
+    """Where recovery of a run begins: the state after operation `seq`."""
+
+    seq: int
+    stream_seq: int
+    """Position of that operation in the TRAIN stream; replay begins behind it."""
+    state: BlobRef
+
+
+class RunRecord(Contract):
+    """A run as the `runs` bucket knows it."""
+
+    run: str
+    base_model: str
+    lora: LoraSpec
+    owner: str = "default"
+    snapshot: SnapshotRecord | None = None
+    closed: bool = False
+    """No more operations come: trainers let go of it."""
+
+
+class Lease(Contract):
+    """Who works on a run or a job now. The revision of its KV entry is the fencing token."""
+
+    holder: str
+    """Name of the replica."""

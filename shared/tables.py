@@ -1,0 +1,172 @@
+"""Typed key-value tables over JetStream buckets, with compare-and-set by revision."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from nats.errors import NoRespondersError
+from nats.js import api
+from nats.js import errors as js_errors
+
+from shared import wire
+from shared.errors import StorageFull, TemporaryError
+from shared.topology import Bucket, token, untoken
+
+if TYPE_CHECKING:
+    from shared.bus import Bus
+
+T = TypeVar("T")
+Key = str | tuple[str, ...]
+log = logging.getLogger(__name__)
+
+_PATIENCE = 20.0
+_WRONG_REVISION = {10071, 10164}
+_EXPECTED = "Nats-Expected-Last-Subject-Sequence"
+_OPERATION = "KV-Operation"
+
+
+@dataclass(frozen=True)
+class Entry(Generic[T]):
+    """A value and its revision."""
+
+    key: tuple[str, ...]
+    value: T
+    revision: int
+
+
+@dataclass(frozen=True)
+class Change(Generic[T]):
+    """What became of a key; `value` None: it was deleted. Entries that expire give no change."""
+
+    key: tuple[str, ...]
+    value: T | None
+    revision: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A message of a stream as bytes."""
+
+    subject: str
+    seq: int
+    body: bytes
+    headers: Mapping[str, str]
+
+
+def stored(raw: api.RawStreamMsg) -> Stored:
+    """What the client library read, with its optional fields filled."""
+    return Stored(raw.subject or "", raw.seq or 0, raw.data or b"", raw.headers or {})
+
+
+class Table(Generic[T]):
+    """One bucket. A key is a name, or several, each made a subject token."""
+
+    def __init__(self, bus: Bus, bucket: Bucket[T]) -> None:
+        """Use `Bus.table`."""
+        self._bus = bus
+        self._bucket = bucket
+        self._stream = f"KV_{bucket.name}"
+        self._prefix = f"$KV.{bucket.name}."
+
+    async def get(self, key: Key) -> Entry[T] | None:
+        """The present entry, or None."""
+        try:
+            found = await self._read(self._subject(key))
+        except js_errors.NotFoundError:
+            return None
+        return None if _OPERATION in found.headers else Entry(_key(key), self._decode(found.body), found.seq)
+
+    async def items(self) -> list[Entry[T]]:
+        """All entries, in the order in which they were last written."""
+        found: list[Entry[T]] = []
+        place = 0
+        while True:
+            try:
+                item = await self._read(f"{self._prefix}>", seq=place + 1, next=True)
+            except js_errors.NotFoundError:
+                return found
+            place = item.seq
+            if _OPERATION not in item.headers:
+                found.append(Entry(self._key_of(item.subject), self._decode(item.body), place))
+
+    async def put(self, key: Key, value: T) -> int:
+        """Write, whatever was there. Returns the revision."""
+        return await self._write(key, value, {})
+
+    async def create(self, key: Key, value: T) -> int | None:
+        """Write if there is no entry. None: there is one."""
+        revision = await self._write_if(key, value, 0)
+        if revision is not None:
+            return revision
+        # A deletion leaves a marker with a revision of its own, which counts as no entry.
+        found = await self._read(self._subject(key))
+        return await self._write_if(key, value, found.seq) if _OPERATION in found.headers else None
+
+    async def update(self, key: Key, value: T, revision: int) -> int | None:
+        """Write if the entry still has `revision`. None: somebody else was faster, or it is gone."""
+        return await self._write_if(key, value, revision)
+
+    async def delete(self, key: Key) -> None:
+        """Remove an entry, if there is one."""
+        await self._publish(self._subject(key), b"", {_OPERATION: "DEL"})
+
+    async def changes(self) -> AsyncIterator[Change[T]]:
+        """Every present entry, oldest first, and then every change, for ever."""
+        async for raw in self._bus.read(self._stream, f"{self._prefix}>"):
+            value = None if _OPERATION in raw.headers else self._decode(raw.body)
+            yield Change(self._key_of(raw.subject), value, raw.seq)
+
+    async def _write_if(self, key: Key, value: T, revision: int) -> int | None:
+        try:
+            return await self._write(key, value, {_EXPECTED: str(revision)})
+        except js_errors.APIError as error:
+            if error.err_code in _WRONG_REVISION:
+                return None
+            raise
+
+    async def _write(self, key: Key, value: T, headers: dict[str, str]) -> int:
+        return await self._publish(self._subject(key), wire.encode(value, json=True), headers)
+
+    async def _publish(self, subject: str, body: bytes, headers: dict[str, str]) -> int:
+        # No message id: a compare-and-set that was stored although its answer was lost must not be told apart from
+        # somebody else's, so after a timeout the caller sees a lost race and reads again.
+        give_up = asyncio.get_running_loop().time() + _PATIENCE
+        while True:
+            try:
+                return (await self._bus.stream_context.publish(subject, body, timeout=3.0, headers=headers)).seq
+            except (TimeoutError, js_errors.NoStreamResponseError, js_errors.ServiceUnavailableError) as error:
+                if asyncio.get_running_loop().time() > give_up:
+                    raise TemporaryError(f"the bus did not store {subject}: {error}") from None
+                await asyncio.sleep(0.2)
+            except js_errors.APIError as error:
+                if error.err_code in _WRONG_REVISION:
+                    raise
+                raise StorageFull(f"the bus refuses {subject}: {error.description}") from None
+
+    async def _read(self, subject: str, **how: Any) -> Stored:
+        give_up = asyncio.get_running_loop().time() + _PATIENCE
+        while True:
+            try:
+                return stored(await self._bus.stream_context.get_msg(self._stream, subject=subject, direct=True, **how))
+            except (TimeoutError, NoRespondersError, js_errors.ServiceUnavailableError):
+                if asyncio.get_running_loop().time() > give_up:
+                    raise TemporaryError(f"the bus does not answer for {subject}") from None
+                await asyncio.sleep(0.2)
+
+    def _subject(self, key: Key) -> str:
+        return self._prefix + ".".join(token(part) for part in _key(key))
+
+    def _key_of(self, subject: str) -> tuple[str, ...]:
+        return tuple(untoken(part) for part in subject.removeprefix(self._prefix).split("."))
+
+    def _decode(self, body: bytes) -> T:
+        value: T = wire.decode(body, self._bucket.type, json=True)
+        return value
+
+
+def _key(key: Key) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else key

@@ -1,0 +1,181 @@
+"""Every subject, stream, consumer and bucket of the mesh; no other file spells one.
+
+A channel joins a subject to one message type. Names that come from outside (models, runs, jobs) become single subject
+tokens by `token`, so no name can widen a subject.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Generic, TypeVar
+
+from shared.contracts.episodes import GroupScored, PlayGroup, ScoreGroup
+from shared.contracts.jobs import ControlJob, JobChanged, JobProgressed, JobRecord, SubmitJob
+from shared.contracts.policies import PolicyPublished, PolicyRecord
+from shared.contracts.replicas import ReplicaRecord
+from shared.contracts.results import DeadLetter, Result
+from shared.contracts.sampling import SampleRequest
+from shared.contracts.training import AnyOperation, Lease, RunRecord
+from shared.errors import UserError
+
+T = TypeVar("T")
+
+HOUR = 3600.0
+DAY = 24 * HOUR
+MIB = 1 << 20
+MAX_NAME = 200
+_SPECIAL = re.compile(r"[^A-Za-z0-9_-]+")
+
+
+class Kept(Enum):
+    """How long a stream keeps a message."""
+
+    UNTIL_DONE = "workqueue"
+    """Until one consumer has acknowledged it."""
+    BY_LIMITS = "limits"
+    """Until it is too old, or purged."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A JetStream stream. When `max_bytes` are used up, publishers are refused, unless it `drops_oldest`."""
+
+    name: str
+    subjects: tuple[str, ...]
+    kept: Kept
+    max_age: float = 0.0
+    """Seconds; 0: for ever."""
+    max_bytes: int = 256 * MIB
+    duplicate_window: float = 10 * 60.0
+    """Seconds in which a repeated message id is recognised."""
+    drops_oldest: bool = False
+    """When full, lose the oldest message rather than refuse the newest. Only where nobody depends on the oldest."""
+
+
+JOBS = Stream("JOBS", ("rl.v1.jobs.*",), Kept.BY_LIMITS, max_age=7 * DAY, max_bytes=64 * MIB)
+TRAIN = Stream("TRAIN", ("rl.v1.train.*",), Kept.BY_LIMITS, max_bytes=4096 * MIB)
+SAMPLE = Stream("SAMPLE", ("rl.v1.sample.*",), Kept.UNTIL_DONE)
+EPISODES = Stream("EPISODES", ("rl.v1.episodes.*",), Kept.UNTIL_DONE)
+SCORES = Stream("SCORES", ("rl.v1.scores.*",), Kept.UNTIL_DONE)
+ROLLOUTS = Stream(
+    "ROLLOUTS", ("rl.v1.rollouts.*",), Kept.BY_LIMITS, max_age=7 * DAY, max_bytes=1024 * MIB, drops_oldest=True
+)
+RESULTS = Stream("RESULTS", ("rl.v1.results.>",), Kept.BY_LIMITS, max_age=HOUR, max_bytes=1024 * MIB, drops_oldest=True)
+EVENTS = Stream("EVENTS", ("rl.v1.events.>",), Kept.BY_LIMITS, max_age=7 * DAY, drops_oldest=True)
+DEAD = Stream("DEAD", ("rl.v1.dead.>",), Kept.BY_LIMITS, max_age=30 * DAY, drops_oldest=True)
+STREAMS = (JOBS, TRAIN, SAMPLE, EPISODES, SCORES, ROLLOUTS, RESULTS, EVENTS, DEAD)
+
+
+@dataclass(frozen=True)
+class Channel(Generic[T]):
+    """A subject and the one type that travels on it."""
+
+    name: str
+    template: str
+    """The subject; each `{part}` is filled with one token (a request id may be two, `asker.id`)."""
+    type: Any
+    stream: Stream
+    json: bool = False
+    """Write JSON rather than MessagePack. Both are always read."""
+
+    def subject(self, **parts: str) -> str:
+        """The subject for these parts."""
+        return self.template.format(**{name: _tokens(name, value) for name, value in parts.items()})
+
+    @property
+    def pattern(self) -> str:
+        """The subject with every part open."""
+        return re.sub(r"\{\w+\}", "*", self.template)
+
+
+def token(text: str) -> str:
+    """Make any text one subject token, file name and KV key: what is special becomes `=` and its hexadecimal code.
+
+    Different texts give different tokens. Raise `UserError` for an empty text and one of over 200 characters.
+    """
+    if not 0 < len(text) <= MAX_NAME:
+        raise UserError(f"a name of {len(text)} characters cannot be used: give one of 1 to {MAX_NAME}")
+    return _SPECIAL.sub(lambda found: "".join(f"={byte:02X}" for byte in found.group().encode()), text)
+
+
+def untoken(text: str) -> str:
+    """The text that `token` was given."""
+    encoded = re.sub(r"=([0-9A-F]{2})", lambda found: chr(int(found.group(1), 16)), text)
+    return encoded.encode("latin-1").decode()
+
+
+def _tokens(name: str, value: str) -> str:
+    if name == "request":
+        return ".".join(token(part) for part in value.split(".", 1))
+    return token(value)
+
+
+SUBMIT = Channel[SubmitJob]("submit", "rl.v1.jobs.submit", SubmitJob, JOBS, json=True)
+CANCEL = Channel[ControlJob]("cancel", "rl.v1.jobs.cancel", ControlJob, JOBS, json=True)
+PAUSE = Channel[ControlJob]("pause", "rl.v1.jobs.pause", ControlJob, JOBS, json=True)
+RESUME = Channel[ControlJob]("resume", "rl.v1.jobs.resume", ControlJob, JOBS, json=True)
+OPERATIONS = Channel[AnyOperation]("operations", "rl.v1.train.{run}", AnyOperation, TRAIN)
+SAMPLES = Channel[SampleRequest]("samples", "rl.v1.sample.{pool}", SampleRequest, SAMPLE)
+GROUPS = Channel[PlayGroup]("groups", "rl.v1.episodes.{environment}", PlayGroup, EPISODES)
+PLAYED = Channel[ScoreGroup]("played", "rl.v1.scores.{reward}", ScoreGroup, SCORES)
+SCORED = Channel[GroupScored]("scored", "rl.v1.rollouts.{job}", GroupScored, ROLLOUTS)
+ANSWERS = Channel[Result]("answers", "rl.v1.results.{request}", Result, RESULTS)
+POLICIES_PUBLISHED = Channel[PolicyPublished](
+    "policies", "rl.v1.events.policy.{run}", PolicyPublished, EVENTS, json=True
+)
+JOB_PROGRESS = Channel[JobProgressed]("progress", "rl.v1.events.progress.{job}", JobProgressed, EVENTS, json=True)
+JOB_PHASES = Channel[JobChanged]("phases", "rl.v1.events.job.{job}", JobChanged, EVENTS, json=True)
+DEAD_LETTERS = Channel[DeadLetter]("dead_letters", "rl.v1.dead.{stream}", DeadLetter, DEAD)
+CHANNELS: tuple[Channel[Any], ...] = (
+    SUBMIT, CANCEL, PAUSE, RESUME, OPERATIONS, SAMPLES, GROUPS, PLAYED, SCORED, ANSWERS, POLICIES_PUBLISHED,
+    JOB_PROGRESS, JOB_PHASES, DEAD_LETTERS,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Consumer(Generic[T]):
+    """A durable consumer that the replicas of a service share."""
+
+    name: str
+    channel: Channel[T]
+    subject: str
+    """What it is given: the channel's pattern, or one of its subjects."""
+    ack_wait: float = 30.0
+    """Seconds without a sign of life after which a message goes to somebody else."""
+    max_deliver: int = 5
+    max_pending: int = 256
+    """Messages that may be out at the same time, over all replicas: the back-pressure of a work queue."""
+
+
+def job_consumer(channel: Channel[T]) -> Consumer[T]:
+    """The coordinator's consumer of one kind of job command."""
+    return Consumer(f"coordinator-{channel.name}", channel, channel.pattern)
+
+
+GROUP_PLAYERS = Consumer(name="environment", channel=GROUPS, subject=GROUPS.pattern, max_pending=512)
+GROUP_SCORERS = Consumer(name="reward", channel=PLAYED, subject=PLAYED.pattern)
+
+
+def sampler_consumer(base_model: str) -> Consumer[SampleRequest]:
+    """The consumer that all samplers of a base model share."""
+    return Consumer(f"sampler-{token(base_model)}", SAMPLES, SAMPLES.subject(pool=base_model), max_pending=4096)
+
+
+@dataclass(frozen=True)
+class Bucket(Generic[T]):
+    """A key-value bucket whose values have one type. Values are JSON, for people with a `nats` command."""
+
+    name: str
+    type: type[T]
+    ttl: float = 0.0
+    """Seconds after which an entry that is not renewed goes away; 0: never."""
+
+
+RUNS = Bucket("runs", RunRecord)
+JOB_RECORDS = Bucket("jobs", JobRecord)
+POLICIES = Bucket("policies", PolicyRecord)
+LEASES = Bucket("leases", Lease, ttl=10.0)
+REPLICAS = Bucket("replicas", ReplicaRecord, ttl=10.0)
+BUCKETS: tuple[Bucket[Any], ...] = (RUNS, JOB_RECORDS, POLICIES, LEASES, REPLICAS)

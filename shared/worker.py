@@ -1,0 +1,216 @@
+"""The one place that takes work from a queue, acknowledges it, and catches everything.
+
+    handler returns                 → ack
+    TemporaryError                  → given out again after its delay; on the last delivery as below
+    PermanentError, undecodable     → kept in DEAD with the reason, taken off the queue, the asker gets the failure
+    any other exception (a defect)  → given out again; on the last delivery as above
+    cancelled, while stopping       → handed back at once, for another replica
+
+While a handler runs, the server is told so, so long work is not given to somebody else. `max_pending` of the consumer
+and `concurrency` here bound what is out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.js import JetStreamContext, api
+from nats.js import errors as js_errors
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from shared import observe
+from shared.bus import BLOB_HEADER, REQUEST_HEADER, Bus, Delivery
+from shared.contracts.results import RequestFailed
+from shared.errors import MeshError, PermanentError, TemporaryError, failure_of
+from shared.tasks import cancelled
+from shared.topology import Consumer, Kept
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+FETCH_SECONDS = 1.0
+DEFECT_DELAY = 1.0
+SECONDS_BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300)
+
+
+class WorkerMetrics:
+    """What every worker counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.handled = Counter(
+            "openrl_worker_messages_total", "Messages by what became of them", ["channel", "outcome"], registry=registry
+        )
+        self.running = Gauge("openrl_worker_running", "Messages in work", ["channel"], registry=registry)
+        self.seconds = Histogram(
+            "openrl_worker_seconds", "Time in the handler", ["channel"], buckets=SECONDS_BUCKETS, registry=registry
+        )
+
+
+class Worker(Generic[T]):
+    """Takes messages of one consumer and gives them to a handler, several at a time."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        consumer: Consumer[T],
+        handle: Callable[[Delivery[T]], Awaitable[None]],
+        *,
+        concurrency: int,
+        metrics: WorkerMetrics,
+    ) -> None:
+        self._bus = bus
+        self._consumer = consumer
+        self._handle = handle
+        self._slots = asyncio.Semaphore(concurrency)
+        self._concurrency = concurrency
+        self._metrics = metrics
+        self._running: set[asyncio.Task[None]] = set()
+        self._stopping = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def running(self) -> int:
+        """Messages in work."""
+        return len(self._running)
+
+    async def run(self) -> None:
+        """Take and handle messages until `stop`."""
+        subscription = await self._subscribe()
+        self._idle.clear()
+        try:
+            while not self._stopping.is_set():
+                subscription = await self._take_some(subscription)
+        finally:
+            self._idle.set()
+            with contextlib.suppress(NatsError):
+                await subscription.unsubscribe()
+
+    async def stop(self, grace: float) -> None:
+        """Take nothing more; give what runs `grace` seconds to finish, then hand it back."""
+        self._stopping.set()
+        await self._idle.wait()
+        if self._running:
+            await asyncio.wait(set(self._running), timeout=grace)
+        await cancelled(set(self._running))
+
+    async def _subscribe(self) -> JetStreamContext.PullSubscription:
+        consumer = self._consumer
+        config = api.ConsumerConfig(
+            durable_name=consumer.name,
+            filter_subject=consumer.subject,
+            ack_policy=api.AckPolicy.EXPLICIT,
+            ack_wait=consumer.ack_wait,
+            max_deliver=consumer.max_deliver,
+            max_ack_pending=consumer.max_pending,
+        )
+        stream = consumer.channel.stream.name
+        await self._bus.stream_context.add_consumer(stream, config)
+        return await self._bus.stream_context.pull_subscribe_bind(consumer=consumer.name, stream=stream)
+
+    async def _take_some(self, subscription: JetStreamContext.PullSubscription) -> JetStreamContext.PullSubscription:
+        await self._slots.acquire()
+        self._slots.release()
+        free = self._concurrency - len(self._running)
+        try:
+            messages = await subscription.fetch(max(1, free), timeout=FETCH_SECONDS)
+        except TimeoutError:  # nats-py's own is one of these too
+            return subscription
+        except (NatsError, js_errors.Error) as error:
+            # The server is away, or has lost the consumer with its disk: wait, and make sure that it is there.
+            log.warning("taking work from %s: %s, trying again", self._consumer.name, error)
+            await asyncio.sleep(0.5)
+            return await self._resubscribe(subscription)
+        for message in messages:
+            await self._slots.acquire()
+            task = asyncio.create_task(self._process(message), name=f"worker:{self._consumer.name}")
+            self._running.add(task)
+            task.add_done_callback(self._done)
+        return subscription
+
+    async def _resubscribe(self, old: JetStreamContext.PullSubscription) -> JetStreamContext.PullSubscription:
+        try:
+            new = await self._subscribe()
+        except (NatsError, js_errors.Error):
+            return old
+        with contextlib.suppress(NatsError):
+            await old.unsubscribe()
+        return new
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._slots.release()
+        if not task.cancelled() and (error := task.exception()):
+            log.error("an outcome could not be reported; the message will come again", exc_info=error)
+
+    async def _process(self, msg: Msg) -> None:
+        channel = self._consumer.channel.name
+        headers = msg.headers or {}
+        alive = asyncio.create_task(self._keep_alive(msg))
+        started = time.monotonic()
+        self._metrics.running.labels(channel).inc()
+        try:
+            with observe.traced(headers), observe.bound(request=headers.get(REQUEST_HEADER, "")):
+                outcome = await self._attempt(msg, headers)
+            self._metrics.handled.labels(channel, outcome).inc()
+        finally:
+            alive.cancel()
+            self._metrics.running.labels(channel).dec()
+            self._metrics.seconds.labels(channel).observe(time.monotonic() - started)
+
+    async def _attempt(self, msg: Msg, headers: dict[str, str]) -> str:
+        """Handle one message and settle it; what became of it, for the metrics."""
+        try:
+            await self._handle(await self._open(msg, headers))
+        except asyncio.CancelledError:
+            await msg.nak()
+            return "handed_back"
+        except PermanentError as error:
+            return await self._give_up(msg, headers, error)
+        except Exception as error:  # the one broad catch of the mesh: see the module's docstring
+            return await self._again(msg, headers, error)
+        await msg.ack()
+        await self._forget_blob(headers)
+        return "done"
+
+    async def _open(self, msg: Msg, headers: dict[str, str]) -> Delivery[T]:
+        message, json = await self._bus.open(self._consumer.channel, msg.data, headers)
+        meta = msg.metadata
+        return Delivery(message, msg.subject, meta.sequence.stream, meta.num_delivered, json, headers)
+
+    async def _again(self, msg: Msg, headers: dict[str, str], error: Exception) -> str:
+        if not isinstance(error, MeshError):
+            log.error("handling %s failed", msg.subject, exc_info=error)
+        if msg.metadata.num_delivered >= self._consumer.max_deliver:
+            return await self._give_up(msg, headers, error)
+        await msg.nak(delay=error.delay if isinstance(error, TemporaryError) else DEFECT_DELAY)
+        return "again"
+
+    async def _give_up(self, msg: Msg, headers: dict[str, str], error: Exception) -> str:
+        # On a work queue a message stays behind even after its last delivery: it must be buried, then terminated.
+        stream = self._consumer.channel.stream.name
+        why = failure_of(error).message
+        await self._bus.bury(stream, msg.subject, msg.data, headers, why, msg.metadata.num_delivered)
+        if request := headers.get(REQUEST_HEADER):
+            json = "json" in headers.get("Content-Type", "json")
+            await self._bus.answer(RequestFailed(request_id=request, failure=failure_of(error)), json=json)
+        await msg.term()
+        return "dead"
+
+    async def _forget_blob(self, headers: dict[str, str]) -> None:
+        if BLOB_HEADER in headers and self._consumer.channel.stream.kept is Kept.UNTIL_DONE:
+            with contextlib.suppress(TemporaryError):
+                await self._bus.discard_body(headers)
+
+    async def _keep_alive(self, msg: Msg) -> None:
+        while True:
+            await asyncio.sleep(self._consumer.ack_wait / 3)
+            with contextlib.suppress(NatsError):
+                await msg.in_progress()

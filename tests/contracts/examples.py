@@ -1,0 +1,232 @@
+"""One example of every message that travels, with every field set to something other than its default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shared import topology
+from shared.contracts.arrays import Float32s, Int32s
+from shared.contracts.base import Failure
+from shared.contracts.blobs import BlobRef
+from shared.contracts.episodes import (
+    EnvironmentSpec,
+    Episode,
+    GroupKey,
+    GroupScored,
+    Message,
+    PlayGroup,
+    RewardSpec,
+    Rollout,
+    ScoreGroup,
+    Task,
+    Turn,
+)
+from shared.contracts.jobs import (
+    AlgorithmSpec,
+    CheckpointSpec,
+    ControlJob,
+    Evaluation,
+    EvaluationPlan,
+    EvaluationSpec,
+    FieldError,
+    JobAnswer,
+    JobChanged,
+    JobProgressed,
+    JobRecord,
+    JobSpec,
+    StepPlan,
+    StepReport,
+    SubmitJob,
+)
+from shared.contracts.policies import LoraSpec, PolicyPublished, PolicyRecord, PolicyRef
+from shared.contracts.replicas import ReplicaRecord
+from shared.contracts.results import DeadLetter, RequestFailed
+from shared.contracts.sampling import SampledSequence, SampleRequest, SampleResult, SamplingParams
+from shared.contracts.training import (
+    AdamParams,
+    CreateRun,
+    Datum,
+    ForwardBackward,
+    Lease,
+    LossSpec,
+    OperationResult,
+    OptimStep,
+    RunRecord,
+    SavePolicy,
+    SaveState,
+    SnapshotRecord,
+)
+
+BLOB = BlobRef(key="a/b.bin", sha256="00" * 32, size=7)
+POLICY = PolicyRef(run="job-1", version=3)
+LORA = LoraSpec(rank=8, alpha=16.0, seed=5, train_attn=False, train_mlp=True, train_unembed=True)
+SAMPLING = SamplingParams(max_tokens=9, temperature=0.5, top_p=0.75, top_k=40, stop=["\n", 2], seed=11)
+RECORD = PolicyRecord(policy=POLICY, base_model="org/model", lora=LORA, config=BLOB, weights=BLOB, owner="team")
+ENVIRONMENT = EnvironmentSpec(name="arithmetic", params={"maximum": 9}, episode_timeout_s=12.5)
+REWARD = RewardSpec(name="exact_match", params={"case_insensitive": True}, timeout_s=3.5)
+KEY = GroupKey(split="held_out", index=4, round=2)
+TASK = Task(question="1+1?", answer="2", metadata={"level": 1})
+TURN = Turn(
+    prompt=Int32s([1, 2, 3]),
+    tokens=Int32s([4, 5]),
+    logprobs=Float32s([-0.25, -0.5]),
+    stop_reason="length",
+    reference_logprobs=Float32s([-1.0, -2.0]),
+)
+FAILURE = Failure(message="no such policy", kind="user")
+HEAD: dict[str, Any] = {"run": "job-1", "seq": 4, "request_id": "job-1.4", "owner": "team"}
+REPORT = StepReport(
+    step=3, reward=0.5, loss=-0.25, tokens=99, trained_groups=3, skipped_groups=1, dropped_groups=2, staleness=0.75,
+    seconds=4.0, sample_seconds=2.0, train_seconds=1.5, tokens_per_second=24.75, metrics={"loss:sum": -0.25},
+)  # fmt: skip
+EVALUATION = Evaluation(step=10, accuracy=0.75, tasks=64, failed=1)
+SPEC = JobSpec(
+    name="first",
+    base_model="org/model",
+    environment=ENVIRONMENT,
+    reward=REWARD,
+    algorithm=AlgorithmSpec(
+        steps=3, group_size=4, groups_per_step=2, loss="ppo", loss_params={"clip_low": 0.75}, learning_rate=0.125,
+        normalize_by_deviation=True, kl_coeff=0.5, max_staleness=2, beta1=0.5, beta2=0.75, eps=0.25, weight_decay=0.5,
+        grad_clip_norm=1.5,
+    ),
+    lora=LORA,
+    sampling=SAMPLING,
+    evaluation=EvaluationSpec(tasks=5, every=2, reward=REWARD, max_tokens=7, temperature=0.5),
+    checkpoint=CheckpointSpec(every=4),
+    seed=6,
+    priority=2,
+    reproducible=True,
+)  # fmt: skip
+
+MESSAGES: dict[str, tuple[topology.Channel[Any], Any]] = {
+    "submit": (topology.SUBMIT, SubmitJob(spec={"name": "first"}, request_id="r", owner="team")),
+    "cancel": (topology.CANCEL, ControlJob(job="first-1", request_id="r")),
+    "pause": (topology.PAUSE, ControlJob(job="first-1", request_id="r")),
+    "resume": (topology.RESUME, ControlJob(job="first-1", request_id="r")),
+    "create_run": (topology.OPERATIONS, CreateRun(**HEAD, base_model="org/model", lora=LORA)),
+    "forward_backward": (
+        topology.OPERATIONS,
+        ForwardBackward(
+            **HEAD,
+            data=[
+                Datum(
+                    tokens=Int32s([1, 2]),
+                    targets=Int32s([2, 3]),
+                    weights=Float32s([0.0, 1.0]),
+                    logprobs=Float32s([-0.5, -0.25]),
+                    advantages=Float32s([0.0, 2.0]),
+                )
+            ],
+            loss=LossSpec(name="cispo", params={"clip_high": 4.0}),
+            forward_only=True,
+        ),
+    ),
+    "optim_step": (
+        topology.OPERATIONS,
+        OptimStep(
+            **HEAD,
+            adam=AdamParams(
+                learning_rate=0.5, beta1=0.25, beta2=0.5, eps=0.125, weight_decay=0.25, grad_clip_norm=2.0
+            ),
+        ),
+    ),
+    "save_policy": (topology.OPERATIONS, SavePolicy(**HEAD, version=3)),
+    "save_state": (topology.OPERATIONS, SaveState(**HEAD, name="final")),
+    "sample": (
+        topology.SAMPLES,
+        SampleRequest(
+            request_id="asker.1", base_model="org/model", prompt=Int32s([1, 2]), params=SAMPLING, num_samples=4,
+            policy=POLICY, prompt_logprobs=True, isolated=True, owner="team",
+        ),
+    ),
+    "play_group": (
+        topology.GROUPS,
+        PlayGroup(
+            job="first-1", group=KEY, environment=ENVIRONMENT, reward=REWARD, base_model="org/model",
+            sampling=SAMPLING, size=4, policy=POLICY, task_seed=3, reference_logprobs=True, isolated=True, owner="team",
+        ),
+    ),
+    "score_group": (
+        topology.PLAYED,
+        ScoreGroup(
+            job="first-1", group=KEY, reward=REWARD, task=TASK, policy=POLICY, play_seconds=1.5, owner="team",
+            episodes=[
+                Episode(
+                    turns=[TURN], messages=[Message(role="user", content="1+1?")], reply="2", environment_reward=0.5,
+                    failure=FAILURE,
+                )
+            ],
+        ),
+    ),
+    "group_scored": (
+        topology.SCORED,
+        GroupScored(
+            job="first-1", group=KEY, policy=POLICY, task=TASK, play_seconds=1.5, failure=FAILURE,
+            rollouts=[Rollout(turns=[TURN], reward=0.5, components={"format": 1.0}, text="2", failure=FAILURE)],
+        ),
+    ),
+    "operation_result": (
+        topology.ANSWERS,
+        OperationResult(
+            request_id="job-1.4", run="job-1", seq=4, metrics={"loss:sum": 1.5}, logprobs=[Float32s([-0.5])],
+            policy=RECORD, checkpoint=BLOB,
+        ),
+    ),
+    "sample_result": (
+        topology.ANSWERS,
+        SampleResult(
+            request_id="asker.1", prompt_logprobs=Float32s([-1.0, -0.5]), policy=POLICY, queue_seconds=0.5, seconds=1.5,
+            sequences=[SampledSequence(tokens=Int32s([4]), logprobs=Float32s([-0.25]), stop_reason="stop")],
+        ),
+    ),
+    "job_answer": (
+        topology.ANSWERS,
+        JobAnswer(request_id="r", job="first-1", errors=[FieldError(path="seed", message="wrong")]),
+    ),
+    "request_failed": (topology.ANSWERS, RequestFailed(request_id="r", failure=FAILURE)),
+    "policy_published": (topology.POLICIES_PUBLISHED, PolicyPublished(record=RECORD, seq=7)),
+    "job_progressed": (
+        topology.JOB_PROGRESS,
+        JobProgressed(job="first-1", step=3, steps=10, report=REPORT, evaluation=EVALUATION),
+    ),
+    "job_changed": (
+        topology.JOB_PHASES,
+        JobChanged(job="first-1", phase="failed", reason="why", evaluations=[EVALUATION], policy=POLICY),
+    ),
+    "dead_letter": (
+        topology.DEAD_LETTERS,
+        DeadLetter(stream="SAMPLE", subject="s", reason="why", deliveries=5, body=b"\x00\x01", headers={"a": "b"}),
+    ),
+}  # fmt: skip
+"""By file name: the channel it travels on, and the message."""
+
+RECORDS: dict[str, tuple[topology.Bucket[Any], Any]] = {
+    "run": (
+        topology.RUNS,
+        RunRecord(
+            run="job-1", base_model="org/model", lora=LORA, owner="team",
+            snapshot=SnapshotRecord(seq=3, stream_seq=9, state=BLOB), closed=True,
+        ),
+    ),
+    "job": (
+        topology.JOB_RECORDS,
+        JobRecord(
+            job="first-1", spec=SPEC, phase="running", wanted="pause", reason="why", owner="team", run="job-1", step=2,
+            next_seq=7, next_group=6, outstanding=[KEY], updates=2, policy=POLICY,
+            plan=StepPlan(step=2, first_seq=7, groups=[KEY]), evaluating=[EvaluationPlan(step=2, policy=POLICY)],
+            evaluations=[EVALUATION], skipped_groups=1, dropped_groups=2, failed_groups=3, adapter="/a",
+            created=100.5, finished=200.5, last=REPORT,
+        ),
+    ),
+    "policy": (topology.POLICIES, RECORD),
+    "lease": (topology.LEASES, Lease(holder="trainer-1")),
+    "replica": (
+        topology.REPLICAS,
+        ReplicaRecord(
+            replica="trainer-1", service="trainer", pid=9, host="127.0.0.1", metrics_port=8000, activity="idle",
+            ready=True, base_model="org/model", started=1.5, offers=["reward:numeric"],
+        ),
+    ),
+}  # fmt: skip
+"""By file name: the bucket, and its value."""
