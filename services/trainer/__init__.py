@@ -1,0 +1,1 @@
+"""Trainers: execute the operations of the runs that they lease."""

@@ -1,0 +1,9 @@
+"""Engines of the trainer. `base` says what one must do, `torch_engine` does it with PyTorch and transformers.
+
+torch_engine   the interface: runs in and out, outcomes, errors kept apart
+batch          requests checked and turned into tensors
+passes         packed forward and backward passes, split where memory is short
+run_state      one run's weights, gradient and moments
+adamw          the optimizer's arithmetic
+state_file     snapshots as safetensors
+"""

@@ -1,0 +1,72 @@
+"""What the engine keeps of one run: weights, gathered gradient, moments, step count.
+
+All weights of an adapter lie in one vector, and A and B of every layer are views of it: an optimizer step is then a
+handful of operations however many layers there are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from services.trainer.engines.adamw import Moments, adamw, clipped
+from shared.contracts.training import AdamParams
+from shared.errors import PermanentError
+from shared.models.lora import Adapter
+
+
+class RunState:
+    """One run. The tensors of `adapter` require gradients, which the passes leave in their `grad`."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        """Take over the values of `adapter`, any dtype, on the device where training happens."""
+        self.weights = torch.cat([tensor.detach().float().flatten() for tensor in adapter.tensors()])
+        self.adapter = _views(adapter, self.weights)
+        self.moments = Moments(torch.zeros_like(self.weights), torch.zeros_like(self.weights))
+        self.gradient: Tensor | None = None
+        """fp32, as long as the weights. None: nothing was gathered since the last step."""
+        self.step = 0
+
+    def take_gradient(self) -> Tensor:
+        """Return the sum of what the passes left, as one vector, and clear it."""
+        parts = []
+        for tensor in self.adapter.tensors():
+            parts.append(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad)
+            tensor.grad = None
+        return torch.cat([part.flatten() for part in parts])
+
+    def forget_gradient(self) -> None:
+        """Clear what a pass that broke off has left."""
+        for tensor in self.adapter.tensors():
+            tensor.grad = None
+
+    def optim_step(self, adam: AdamParams) -> dict[str, float]:
+        """Apply the gathered gradient and clear it; without one only count. Return the metrics of the step.
+
+        Raise `PermanentError`, changing nothing, if the weights would no longer be finite.
+        """
+        if self.gradient is None:
+            self.step += 1
+            return {"grad_norm:mean": 0.0, "update_norm:mean": 0.0, "step:max": float(self.step)}
+        norm = float(self.gradient.norm())
+        gradient = clipped(self.gradient, norm, adam.grad_clip_norm)
+        weights, moments = adamw(self.weights, gradient, self.moments, self.step + 1, adam)
+        update = float((weights - self.weights).norm())
+        if not (weights.isfinite().all() and moments.square.isfinite().all()):
+            raise PermanentError(
+                f"the step would make weights or moments infinite or NaN (gradient norm {norm:g}, learning rate "
+                f"{adam.learning_rate:g}): nothing was changed; a lower learning rate or clipping may help"
+            )
+        self.weights.copy_(weights)
+        self.moments, self.gradient, self.step = moments, None, self.step + 1
+        return {"grad_norm:mean": norm, "update_norm:mean": update, "step:max": float(self.step)}
+
+
+def _views(adapter: Adapter, vector: Tensor) -> Adapter:
+    """Return the adapter with its tensors replaced by views of `vector`."""
+    pieces = iter(torch.split(vector, [tensor.numel() for tensor in adapter.tensors()]))
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for path, pair in adapter.weights.items():
+        a, b = (next(pieces).view_as(tensor).requires_grad_() for tensor in pair)
+        pairs[path] = (a, b)
+    return Adapter(adapter.spec, pairs)

@@ -1,0 +1,97 @@
+"""The batches of one call joined, and which rows of a packed part predict which of their tokens.
+
+Every token of every batch has a *place* in tensors of length M, in the order of the batches. A *row* is a token of a
+packed part, after sharing: one row may predict the next token at the places of several sequences.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from services.trainer.engines.batch import Batch
+from shared.errors import PermanentError
+from shared.models.lora import Segment
+from shared.models.losses import Given
+from shared.models.packing import Packed
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows whose logits are computed together. Rows, and the pairs of a run, are neighbours."""
+
+    rows: Tensor
+    """Rows of the part, int64 [rows], ascending."""
+    local: Tensor
+    """For each pair, which of `rows` predicts, int64 [pairs]."""
+    places: Tensor
+    """For each pair, the place of what is predicted, int64 [pairs]."""
+    row_segments: list[Segment]
+    """Run, first and last `rows`, for `AdapterBank.use`."""
+    pair_segments: list[tuple[str, slice]]
+    """Run and its pairs."""
+
+
+class Work:
+    """What one call computes, and where its results gather."""
+
+    def __init__(self, batches: Sequence[Batch], device: torch.device) -> None:
+        self.batches = {batch.run: batch for batch in batches}
+        self.sequences: dict[int, array[int]] = dict(enumerate(s for batch in batches for s in batch.sequences))
+        self.starts = [0, *accumulate(len(tokens) for tokens in self.sequences.values())]
+        self.targets = torch.cat([batch.targets for batch in batches]).to(device)
+        self.given = Given.join([batch.given for batch in batches]).to(device)
+        self.moves = torch.cat([batch.loss.moves(batch.given) & batch.backward for batch in batches])
+        """Which places have a gradient, bool [M], on the CPU."""
+        self.logprobs = torch.zeros(self.starts[-1], device=device)
+        """Of each target, fp32 [M]: filled part by part."""
+        self.gradients: dict[str, Tensor] = {}
+        """Of each run that has one, as `RunState.take_gradient` gives it."""
+        self.failures: dict[str, PermanentError] = {}
+        """Runs that cannot be computed."""
+
+    def span(self, sequence: int) -> slice:
+        """Return the places of a sequence."""
+        return slice(self.starts[sequence], self.starts[sequence + 1])
+
+    def sequences_by_run(self) -> Iterator[tuple[str, range]]:
+        """Yield each run with the indices of its sequences."""
+        first = 0
+        for run, batch in self.batches.items():
+            yield run, range(first, first + len(batch.sequences))
+            first += len(batch.sequences)
+
+    def places_by_run(self) -> Iterator[tuple[Batch, slice]]:
+        """Yield each batch with its places."""
+        for run, indices in self.sequences_by_run():
+            yield self.batches[run], slice(self.starts[indices.start], self.starts[indices.stop])
+
+    def chunks(self, packed: Packed, most: int, *, moving: bool) -> Iterator[Chunk]:
+        """Cut the rows of a part that have a gradient, or those that have none, in chunks of at most `most` rows."""
+        rows = torch.cat(list(packed.rows.values()))
+        places = torch.cat([torch.arange(*self.span(index).indices(self.starts[-1])) for index in packed.rows])
+        live = torch.zeros(packed.tokens.shape[0], dtype=torch.bool)
+        live[rows[self.moves[places]]] = True
+        chosen = live[rows] == moving
+        unique, local = torch.unique(rows[chosen], return_inverse=True)
+        places = places[chosen]
+        for first in range(0, len(unique), most):
+            inside = (local >= first) & (local < first + most)
+            yield _chunk(packed, unique[first : first + most], local[inside] - first, places[inside])
+
+
+def _chunk(packed: Packed, rows: Tensor, local: Tensor, places: Tensor) -> Chunk:
+    """Find the runs in a chunk. Pairs stand in the order of the trees, so those of a run are neighbours too."""
+    row_segments: list[Segment] = []
+    pair_segments: list[tuple[str, slice]] = []
+    for run, start, stop in packed.segments:
+        first, last = (int(edge) for edge in torch.searchsorted(rows, torch.tensor([start, stop])))
+        if last > first:
+            row_segments.append((run, first, last))
+            pair_segments.append((str(run), slice(int((local < first).sum()), int((local < last).sum()))))
+    return Chunk(rows, local, places, row_segments, pair_segments)

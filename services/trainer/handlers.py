@@ -1,0 +1,192 @@
+"""Operations in, results out.
+
+An operation that changes only memory (a pass, a step) is done once and its answer sent until it is stored; it is
+durable by the log. One that writes (a policy, a checkpoint) can be done again without harm, and is, after a temporary
+error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from typing import TypeVar
+
+from services.trainer.engine_thread import EngineThread
+from services.trainer.engines.base import PassItem
+from services.trainer.metrics import TrainerMetrics
+from services.trainer.policy import tokens_of
+from services.trainer.runs import HeldRun
+from shared import topology
+from shared.bus import Delivery
+from shared.contracts.policies import PolicyPublished, PolicyRecord, PolicyRef
+from shared.contracts.results import RequestFailed, Result
+from shared.contracts.training import (
+    AnyOperation,
+    CreateRun,
+    ForwardBackward,
+    OperationResult,
+    OptimStep,
+    SavePolicy,
+    SaveState,
+)
+from shared.errors import MeshError, PermanentError, TemporaryError, UserError, failure_of
+from shared.node import Node
+
+log = logging.getLogger(__name__)
+
+
+class Operations:
+    """Executes operations on the engine and answers them."""
+
+    def __init__(self, node: Node, engine: EngineThread, metrics: TrainerMetrics) -> None:
+        self._node = node
+        self._engine = engine
+        self._metrics = metrics
+        self._policies = node.bus.table(topology.POLICIES)
+
+    async def run_pass(self, deliveries: Sequence[Delivery[AnyOperation]]) -> None:
+        """Forward and backward for several runs at once."""
+        operations = [_as(ForwardBackward, delivery) for delivery in deliveries]
+        items = [PassItem(op.run, op.data, op.loss, op.forward_only) for op in operations]
+        started = time.monotonic()
+        outcomes = await self._engine.call(self._engine.engine.forward_backward, items)
+        self._metrics.pass_seconds.observe(time.monotonic() - started)
+        self._metrics.pass_runs.observe(len(items))
+        for delivery, operation, outcome in zip(deliveries, operations, outcomes, strict=True):
+            if outcome.error is not None:
+                self.refuse(delivery, outcome.error)
+                continue
+            self._metrics.tokens.inc(tokens_of(operation))
+            self._answer(delivery, _result(operation, metrics=dict(outcome.metrics), logprobs=list(outcome.logprobs)))
+
+    async def step(self, deliveries: Sequence[Delivery[AnyOperation]]) -> None:
+        """Optimizer steps of several runs."""
+        operations = [_as(OptimStep, delivery) for delivery in deliveries]
+        outcomes = await self._engine.call(self._engine.engine.optim_step, {op.run: op.adam for op in operations})
+        for delivery, operation in zip(deliveries, operations, strict=True):
+            outcome = outcomes[operation.run]
+            if outcome.error is not None:
+                self.refuse(delivery, outcome.error)
+            else:
+                self._answer(delivery, _result(operation, metrics=dict(outcome.metrics)))
+
+    async def single(self, delivery: Delivery[AnyOperation], held: HeldRun) -> None:
+        """Any other operation. Raise `TemporaryError` if it is to be tried again."""
+        operation = delivery.message
+        try:
+            if isinstance(operation, CreateRun):
+                await self._create(operation)
+                self._answer(delivery, _result(operation))
+            elif isinstance(operation, SavePolicy):
+                self._answer(delivery, _result(operation, policy=await self._save_policy(operation, held)))
+            elif isinstance(operation, SaveState):
+                self._answer(delivery, await self._save_state(operation))
+            else:
+                raise PermanentError(f"{type(operation).__name__} is not done by itself")
+        except TemporaryError:
+            raise
+        except MeshError as error:
+            self.refuse(delivery, error)
+
+    async def repeated(self, delivery: Delivery[AnyOperation]) -> None:
+        """Answer an operation that was done before: what it gave, as far as that was written down."""
+        operation = delivery.message
+        if await self._node.bus.answer_of(operation.request_id) is not None:
+            return
+        policy = None
+        if isinstance(operation, SavePolicy):
+            entry = await self._policies.get((operation.run, str(operation.version)))
+            policy = entry.value if entry else None
+        self._answer(delivery, _result(operation, policy=policy))
+
+    def refuse(self, delivery: Delivery[AnyOperation], error: MeshError) -> None:
+        """Answer with why it was not done."""
+        operation = delivery.message
+        self._metrics.operations.labels(_kind(operation), "failed").inc()
+        self._send(delivery, RequestFailed(request_id=operation.request_id, failure=failure_of(error)))
+
+    async def _create(self, operation: CreateRun) -> None:
+        if operation.base_model != self._engine.engine.base_model:
+            raise UserError(
+                f"run {operation.run}: base_model {operation.base_model!r} is not "
+                f"{self._engine.engine.base_model!r}, for which the run was placed"
+            )
+        await self._engine.call(self._engine.engine.create_run, operation.run, operation.lora)
+
+    async def _save_policy(self, operation: SavePolicy, held: HeldRun) -> PolicyRecord:
+        key = (operation.run, str(operation.version))
+        ref = PolicyRef(run=operation.run, version=operation.version)
+        if (entry := await self._policies.get(key)) is not None:
+            record = entry.value  # done before the trainer was killed: a policy is written once
+        else:
+            record = await self._write_policy(ref, held)
+            await self._policies.create(key, record)
+        await self._node.bus.publish(
+            topology.POLICIES_PUBLISHED,
+            PolicyPublished(record=record, seq=operation.seq),
+            msg_id=f"policy/{ref}",
+            run=operation.run,
+        )
+        return record
+
+    async def _write_policy(self, ref: PolicyRef, held: HeldRun) -> PolicyRecord:
+        files = await self._engine.call(self._engine.engine.export_adapter, ref.run)
+        weights = files["adapter_model.safetensors"]
+        # The content is in the name: a replay that ends in another last bit does not collide with an earlier write.
+        digest = hashlib.sha256(weights).hexdigest()[:12]
+        folder = f"policies/{topology.token(ref.run)}/{ref.version}-{digest}"
+        config_ref, weights_ref = await asyncio.gather(
+            self._node.blobs.put(f"{folder}/adapter_config.json", files["adapter_config.json"]),
+            self._node.blobs.put(f"{folder}/adapter_model.safetensors", weights),
+        )
+        return PolicyRecord(
+            policy=ref,
+            base_model=held.record.base_model,
+            lora=held.record.lora,
+            config=config_ref,
+            weights=weights_ref,
+            owner=held.record.owner,
+        )
+
+    async def _save_state(self, operation: SaveState) -> OperationResult:
+        state = await self._engine.call(self._engine.engine.snapshot, operation.run)
+        digest = hashlib.sha256(state).hexdigest()[:12]
+        key = f"checkpoints/{topology.token(operation.run)}/{topology.token(operation.name)}-{digest}.safetensors"
+        ref = await self._node.blobs.put(key, state)
+        return OperationResult(request_id=operation.request_id, run=operation.run, seq=operation.seq, checkpoint=ref)
+
+    def _answer(self, delivery: Delivery[AnyOperation], result: OperationResult) -> None:
+        self._metrics.operations.labels(_kind(delivery.message), "done").inc()
+        self._send(delivery, result)
+
+    def _send(self, delivery: Delivery[AnyOperation], result: Result) -> None:
+        self._node.tasks.start(f"answer {result.request_id}", self._send_until_stored(result, json=delivery.json))
+
+    async def _send_until_stored(self, result: Result, *, json: bool) -> None:
+        while True:
+            try:
+                await self._node.bus.answer(result, json=json)
+                return
+            except TemporaryError as error:
+                log.warning("answer %s waits: %s", result.request_id, error)
+                await asyncio.sleep(error.delay)
+
+
+OperationT = TypeVar("OperationT", ForwardBackward, OptimStep)
+
+
+def _as(kind: type[OperationT], delivery: Delivery[AnyOperation]) -> OperationT:
+    operation = delivery.message
+    assert isinstance(operation, kind)
+    return operation
+
+
+def _kind(operation: AnyOperation) -> str:
+    return type(operation).__name__
+
+
+def _result(operation: AnyOperation, **filled: object) -> OperationResult:
+    return OperationResult(request_id=operation.request_id, run=operation.run, seq=operation.seq, **filled)  # type: ignore[arg-type]
