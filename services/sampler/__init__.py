@@ -1,0 +1,1 @@
+"""Samplers: generate from a base model and its policies."""

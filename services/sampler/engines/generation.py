@@ -1,0 +1,218 @@
+"""Continuous batching: requests begin as soon as there is room, and every step gives one token to each sequence.
+
+Everything here runs in one thread and knows no event loop. `begin` computes each waiting request's prompt, once however
+many samples it has; `decode` computes one token for all rows. A request whose prompt or end fails, fails alone; a
+failure of a decoding step ends all requests that take part in it. Either way the next ones are served.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from itertools import islice
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from services.sampler.engines.base import EngineLoad
+from services.sampler.engines.batches import Batch, drawing_of, integers, segments
+from services.sampler.engines.batching import Room, Running, Shape, admit, compaction, padded, prefill_groups
+from services.sampler.engines.drawing import draw, uniforms
+from services.sampler.engines.forward import Forward
+from services.sampler.engines.jobs import Job, Row
+from services.sampler.engines.kv_cache import PrefillStep
+from shared.contracts.arrays import Float32s
+from shared.contracts.policies import PolicyRef
+from shared.contracts.sampling import SampleResult
+from shared.errors import PermanentError, TemporaryError
+
+log = logging.getLogger(__name__)
+
+
+class Generation:
+    """Jobs that wait and jobs that run."""
+
+    def __init__(self, forward: Forward, room: Room) -> None:
+        self._forward = forward
+        self._room = room
+        self._waiting: deque[Job] = deque()
+        self._rows: list[Row] = []  # in the order of the cache
+        self._batch: Batch | None = None  # None: rows have come or gone since the last step
+        self._outbox: list[tuple[Job, SampleResult | Exception]] = []
+        self._prompt_tokens = 0
+        self._sampled_tokens = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._waiting or self._rows)
+
+    def load(self) -> EngineLoad:
+        """How busy it is."""
+        waiting = sum(job.request.num_samples for job in self._waiting)
+        return EngineLoad(len(self._rows), waiting, self._prompt_tokens, self._sampled_tokens)
+
+    def uses(self, policy: PolicyRef) -> int:
+        """Count the requests that wait or run and name `policy`."""
+        return len({id(job) for job in (*self._waiting, *(row.job for row in self._rows)) if job.policy == policy})
+
+    def submit(self, job: Job) -> None:
+        """Let a job wait for its turn."""
+        self._waiting.append(job)
+
+    def cancel(self, job: Job) -> None:
+        """Forget a job and free its rows. One that has ended is ignored."""
+        job.closed = True
+        if job in self._waiting:
+            self._waiting.remove(job)
+        self._retire()
+
+    def deliver(self) -> None:
+        """Hand out what has become known. Not earlier, so that whoever gets an answer finds its rows freed."""
+        outbox, self._outbox = self._outbox, []
+        for job, outcome in outbox:
+            job.deliver(outcome)
+
+    def begin(self) -> None:
+        """Begin the requests that there is room for, up to the first token of each of their samples."""
+        if not self._waiting:
+            return
+        length = max((row.job.length for row in self._rows), default=0)
+        running = Running(len(self._rows), length, any(row.job.request.isolated for row in self._rows))
+        count = admit([job.waiting() for job in islice(self._waiting, self._room.rows)], running, self._room)
+        jobs = [self._waiting.popleft() for _ in range(count)]
+        for job in jobs:
+            job.started = perf_counter()
+        for group in prefill_groups([len(job.request.prompt) for job in jobs], self._room.prompt_tokens):
+            self._start(sorted((jobs[index] for index in group), key=lambda job: job.order))
+
+    def decode(self) -> None:
+        """Give every row its next token."""
+        if not self._rows:
+            return
+        try:
+            batch = self._batch = self._batch or Batch.of(self._rows, self._forward.device)
+            self._reserve(len(self._rows), batch.longest)
+            logits = self._forward.decode(batch.tokens, batch.step(), batch.segments)
+            tokens, logprobs = draw(logits, batch.drawing, batch.numbers())
+            drawn = tokens.tolist(), logprobs.tolist()
+        except Exception as error:
+            self._fail_running(error)
+            return
+        batch.advance(tokens)
+        self._record(batch.rows, *drawn)
+
+    def _start(self, jobs: Sequence[Job]) -> None:
+        """Compute prompts together. If that fails, each is tried alone, so that only the one at fault fails."""
+        try:
+            rows = [row for job in jobs for row in job.rows()]
+            hidden = self._prefill(jobs, rows)
+            self._score_prompts(jobs, hidden)
+            drawn = self._first_tokens(jobs, rows, hidden) if rows else ([], [])
+        except Exception as error:
+            if len(jobs) > 1:
+                for job in jobs:
+                    self._start([job])
+            else:
+                self._close(jobs[0], _failure("computing the prompt", error))
+            return
+        self._prompt_tokens += sum(len(job.request.prompt) for job in jobs)
+        self._rows += rows
+        self._batch = None
+        self._record(rows, *drawn)
+        for job in jobs:
+            if not job.limit:
+                self._close(job, job.result())
+
+    def _prefill(self, jobs: Sequence[Job], rows: Sequence[Row]) -> Tensor:
+        """Run prompts, filled up to the longest, and store them in new rows; return hidden states [b, T, hidden]."""
+        longest = max(len(job.request.prompt) for job in jobs)
+        ids = [[*job.request.prompt, *([0] * (longest - len(job.request.prompt)))] for job in jobs]
+        if rows:
+            self._reserve(len(self._rows) + len(rows), longest, max(job.length for job in jobs))
+        place = {id(job): index for index, job in enumerate(jobs)}
+        device = self._forward.device
+        step = PrefillStep(len(self._rows), integers((place[id(row.job)] for row in rows), device))
+        return self._forward.prefill(torch.tensor(ids, device=device), step, segments(jobs))
+
+    def _score_prompts(self, jobs: Sequence[Job], hidden: Tensor) -> None:
+        for index, job in enumerate(jobs):
+            if job.request.prompt_logprobs:
+                prompt = job.request.prompt
+                logprobs = self._forward.prompt_logprobs(hidden[index, : len(prompt)], prompt, job.policy)
+                job.prompt_logprobs = Float32s(logprobs)
+
+    def _first_tokens(self, jobs: Sequence[Job], rows: Sequence[Row], hidden: Tensor) -> tuple[list[int], list[float]]:
+        """Draw the first token of every row from its prompt's last hidden state, through the head once a prompt."""
+        device = self._forward.device
+        sampled = [index for index, job in enumerate(jobs) if job.limit]
+        ends = integers((len(jobs[index].request.prompt) - 1 for index in sampled), device)
+        last = hidden[integers(sampled, device), ends]
+        logits = self._forward.logits(last, segments(jobs[index] for index in sampled))
+        place = {id(jobs[index]): at for at, index in enumerate(sampled)}
+        keys = integers((row.key for row in rows), device)
+        numbers = uniforms(keys, torch.zeros_like(keys))
+        source = integers((place[id(row.job)] for row in rows), device)
+        tokens, logprobs = draw(logits[source], drawing_of(rows, device), numbers)
+        return tokens.tolist(), logprobs.tolist()
+
+    def _reserve(self, rows: int, length: int, promised: int = 0) -> None:
+        need, cache = Shape(rows, padded(length)), self._forward.cache
+        if need.rows <= cache.shape.rows and need.length <= cache.shape.length:
+            return
+        promised = max(promised, need.length, *(row.job.length for row in self._rows))
+        used = Shape(len(self._rows), max((row.position for row in self._rows), default=0))
+        cache.reserve(need, promised, used)
+
+    def _record(self, rows: Sequence[Row], tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Append the drawn tokens, close what is complete, free what has ended."""
+        self._sampled_tokens += len(rows)
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            try:
+                if logprob != logprob:
+                    raise PermanentError(f"{row.job.model} gives logits that are not finite")
+                row.add(token, logprob)
+            except Exception as error:
+                self._close(row.job, _failure("deciding whether a sample ends", error))
+            if row.ended and row.job.complete():
+                self._close(row.job, row.job.result())
+        if any(row.ended or row.job.closed for row in rows):
+            self._retire()
+
+    def _retire(self) -> None:
+        """Free the rows that have ended, and move the last ones into their places."""
+        ended = [row.ended or row.job.closed for row in self._rows]
+        if not any(ended):
+            return
+        cache = self._forward.cache
+        cache.wipe([slot for slot, row in enumerate(self._rows) if row.job.closed and not row.ended])
+        movers, holes = compaction(ended)
+        cache.move(movers, holes, max((self._rows[slot].position for slot in movers), default=0))
+        for mover, hole in zip(movers, holes, strict=True):
+            self._rows[hole] = self._rows[mover]
+        del self._rows[len(ended) - sum(ended) :]
+        self._batch = None
+
+    def _fail_running(self, error: Exception) -> None:
+        for job in {id(row.job): row.job for row in self._rows}.values():
+            self._close(job, _failure("computing the next tokens", error))
+        self._retire()
+
+    def _close(self, job: Job, outcome: SampleResult | Exception) -> None:
+        if not job.closed:
+            job.closed = True
+            self._outbox.append((job, outcome))
+
+
+def _failure(doing: str, error: Exception) -> Exception:
+    """Put a failure into words for whoever asked, and into the log unless it is the request's own."""
+    if isinstance(error, PermanentError):
+        return error
+    log.error("%s failed", doing, exc_info=error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return TemporaryError(f"the sampler ran out of memory while {doing}: {str(error).splitlines()[0]}")
+    failure = RuntimeError(f"the sampler failed while {doing}: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
