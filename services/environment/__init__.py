@@ -1,0 +1,1 @@
+"""Plays episodes: prompts, samples, steps of the environment."""

@@ -1,0 +1,1 @@
+"""Scores the episodes that were played."""
