@@ -1,0 +1,1 @@
+"""Coordinators: drive jobs from their specification to a trained policy."""

@@ -1,0 +1,18 @@
+"""Configuration of a coordinator."""
+
+from __future__ import annotations
+
+from shared.config import ServiceConfig
+
+
+class CoordinatorConfig(ServiceConfig, frozen=True, kw_only=True):
+    """A coordinator drives jobs; several share them by lease."""
+
+    metrics_dir: str = ".openrl/jobs"
+    """A file of metrics for each job, one JSON object a line."""
+    max_jobs: int = 16
+    """Jobs driven at the same time; others wait, by priority."""
+    max_failed_groups: int = 8
+    """Groups that may fail one after another; then the job fails with the last one's reason."""
+    keep_policies: int = 2
+    """Newest versions of a job's policy that are kept beyond those still in use."""

@@ -1,0 +1,181 @@
+"""What becomes of a job, written down and told: its record, its run, its events, its file of metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from services.coordinator import policy
+from services.coordinator.metrics import CoordinatorMetrics
+from shared import topology
+from shared.contracts.jobs import (
+    FINISHED,
+    Evaluation,
+    JobChanged,
+    JobPhase,
+    JobProgressed,
+    JobRecord,
+    JobSpec,
+    StepReport,
+)
+from shared.contracts.policies import PolicyRecord
+from shared.contracts.training import RunRecord
+from shared.errors import MeshError, TemporaryError
+from shared.node import Node
+
+log = logging.getLogger(__name__)
+
+
+class LostJob(MeshError):
+    """Somebody else drives the job now."""
+
+
+class Records:
+    """The one writer of a job's record, as long as its lease is held."""
+
+    def __init__(
+        self, node: Node, record: JobRecord, revision: int, metrics: CoordinatorMetrics, metrics_dir: Path
+    ) -> None:
+        self.record = record
+        self._revision = revision
+        self._node = node
+        self._metrics = metrics
+        self._file = metrics_dir / f"{topology.token(record.job)}.jsonl"
+        self._jobs = node.bus.table(topology.JOB_RECORDS)
+        self._runs = node.bus.table(topology.RUNS)
+        self._policies = node.bus.table(topology.POLICIES)
+        self._published: set[int] | None = None
+
+    @property
+    def job(self) -> str:
+        """The job's id."""
+        return self.record.job
+
+    @property
+    def spec(self) -> JobSpec:
+        """What was asked for."""
+        return self.record.spec
+
+    async def save(self, **changes: Any) -> None:
+        """Change the record, here and in the bucket."""
+        while True:
+            record = msgspec.structs.replace(self.record, **changes)
+            try:
+                revision = await self._jobs.update(self.job, record, self._revision)
+                if revision is not None:
+                    self.record, self._revision = record, revision
+                    return
+                await self._reread()
+            except TemporaryError as error:  # a full disk holds a job up, and no more
+                log.warning("job %s waits: %s", self.job, error)
+                await asyncio.sleep(error.delay)
+
+    async def _reread(self) -> None:
+        """Somebody wrote the record: its owner may only have changed what is wanted."""
+        entry = await self._jobs.get(self.job)
+        if entry is None or entry.value.phase in FINISHED:
+            raise LostJob(f"job {self.job} was ended or removed by somebody else")
+        self._revision = entry.revision
+        self.record = msgspec.structs.replace(self.record, wanted=entry.value.wanted)
+
+    async def enter(self, phase: JobPhase, reason: str) -> None:
+        """Enter another phase, and tell."""
+        finished = time.time() if phase in FINISHED else None
+        await self.save(phase=phase, reason=reason, finished=finished)
+        log.info("job %s is %s%s", self.job, phase, f": {reason}" if reason else "")
+        event = JobChanged(
+            job=self.job,
+            phase=phase,
+            reason=reason,
+            evaluations=self.record.evaluations,
+            policy=self.record.policy,
+        )
+        await self._tell(topology.JOB_PHASES, event, f"{self.job}/{phase}/{self._revision}")
+
+    async def finish(self, phase: JobPhase, reason: str) -> None:
+        """End the job: no more operations come for its run."""
+        await self._close_run()
+        await self.enter(phase, reason)
+        self._metrics.finished.labels(phase).inc()
+
+    async def create_run(self) -> None:
+        """Make the job's run known to trainers, unless that was done before."""
+        record = RunRecord(
+            run=self.record.run, base_model=self.spec.base_model, lora=self.spec.lora, owner=self.record.owner
+        )
+        await self._runs.create(self.record.run, record)
+
+    async def stepped(self, row: StepReport) -> None:
+        """Tell of a step."""
+        self._metrics.stepped(self.job, row)
+        self._append({"kind": "step", **msgspec.to_builtins(row)})
+        event = JobProgressed(job=self.job, step=row.step, steps=self.spec.algorithm.steps, report=row)
+        await self._tell(topology.JOB_PROGRESS, event, f"{self.job}/step/{row.step}")
+
+    async def evaluated(self, evaluation: Evaluation) -> None:
+        """Tell of an evaluation."""
+        self._metrics.evaluated(self.job, evaluation)
+        self._append({"kind": "evaluation", **msgspec.to_builtins(evaluation)})
+        event = JobProgressed(
+            job=self.job, step=evaluation.step, steps=self.spec.algorithm.steps, evaluation=evaluation
+        )
+        await self._tell(topology.JOB_PROGRESS, event, f"{self.job}/evaluation/{evaluation.step}")
+
+    def place_of(self, published: PolicyRecord) -> str:
+        """Where a policy's files lie, for people."""
+        folder = published.weights.key.rpartition("/")[0]
+        path = self._node.blobs.path(folder)
+        return str(path) if path else f"{self._node.blobs.url.rstrip('/')}/{folder}"
+
+    async def delete_policies(self, needed: set[int], keep: int) -> None:
+        """Delete versions that nobody will ask for. Failing to is only a waste of space."""
+        try:
+            published = await self._published_versions()
+            for version in policy.versions_to_delete(published, needed, keep):
+                await self._delete_policy(version)
+                published.discard(version)
+        except MeshError as error:
+            log.warning("old policies of job %s stay for now: %s", self.job, error)
+
+    async def _published_versions(self) -> set[int]:
+        if self._published is None:
+            run = self.record.run
+            self._published = {int(e.key[1]) for e in await self._policies.items() if e.key[0] == run}
+        if self.record.policy is not None:
+            self._published.add(self.record.policy.version)
+        return self._published
+
+    async def _delete_policy(self, version: int) -> None:
+        key = (self.record.run, str(version))
+        entry = await self._policies.get(key)
+        if entry is None:
+            return
+        await self._policies.delete(key)
+        for ref in (entry.value.weights, entry.value.config):
+            await self._node.blobs.delete(ref.key)
+
+    async def _close_run(self) -> None:
+        while (entry := await self._runs.get(self.record.run)) is not None and not entry.value.closed:
+            closed = msgspec.structs.replace(entry.value, closed=True)
+            if await self._runs.update(self.record.run, closed, entry.revision) is not None:
+                return
+
+    async def _tell(self, channel: topology.Channel[Any], event: Any, msg_id: str) -> None:
+        """Publish an event. A job does not stop because nobody can be told of it."""
+        try:
+            await self._node.bus.publish(channel, event, msg_id=msg_id, job=self.job)
+        except MeshError as error:
+            log.warning("event of job %s was not published: %s", self.job, error)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("ab") as file:
+                file.write(msgspec.json.encode(row) + b"\n")
+        except OSError as error:
+            log.warning("metrics of job %s cannot be written to %s: %s", self.job, self._file, error.strerror)

@@ -1,0 +1,67 @@
+"""Wiring of a coordinator.
+
+| loop | consumes | waits for | unblocked by |
+|---|---|---|---|
+| submit, cancel, pause, resume | `rl.v1.jobs.*` | nothing | anyone's message |
+| jobs | bucket `jobs` | a job that is open | a submission, an owner's wish |
+| claims | open jobs that nobody drives | a lease | expiry of a killed coordinator's lease |
+| a job | see `services.coordinator.driver` | | |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from services.coordinator.config import CoordinatorConfig
+from services.coordinator.handlers import Controls, Submissions
+from services.coordinator.jobs import Jobs
+from services.coordinator.metrics import CoordinatorMetrics
+from shared import topology
+from shared.node import Node
+from shared.worker import Worker
+
+CONCURRENT_COMMANDS = 8
+
+
+class CoordinatorService:
+    """One coordinator."""
+
+    base_model: str | None = None
+    offers: Sequence[str] = ()
+
+    def __init__(self, config: CoordinatorConfig, node: Node) -> None:
+        self._node = node
+        metrics = CoordinatorMetrics(node.telemetry.registry)
+        self._jobs = Jobs(node, config, metrics)
+        self._workers: list[Worker[Any]] = [
+            self._worker(topology.SUBMIT, Submissions(node.bus, metrics)),
+            self._worker(topology.CANCEL, Controls(node.bus, "cancel")),
+            self._worker(topology.PAUSE, Controls(node.bus, "pause")),
+            self._worker(topology.RESUME, Controls(node.bus, "run")),
+        ]
+
+    def activity(self) -> str:
+        """See `Service.activity`."""
+        return "; ".join(driver.activity for driver in self._jobs.drivers.values()) or "idle"
+
+    async def start(self) -> None:
+        """Take commands and drive jobs."""
+        self._jobs.start()
+        for worker in self._workers:
+            self._node.tasks.start("commands", worker.run())
+
+    async def stop(self) -> None:
+        """Let go of all jobs; another coordinator, or this one after a restart, goes on."""
+        for worker in self._workers:
+            await worker.stop(self._node.drain_seconds)
+        await self._jobs.stop()
+
+    def _worker(self, channel: topology.Channel[Any], handler: Any) -> Worker[Any]:
+        return Worker(
+            self._node.bus,
+            topology.job_consumer(channel),
+            handler,
+            concurrency=CONCURRENT_COMMANDS,
+            metrics=self._node.worker_metrics,
+        )

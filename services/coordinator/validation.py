@@ -1,0 +1,101 @@
+"""Whether a job can run here: every error of its specification at once. Pure."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from services.coordinator.policy import reward_names
+from shared import validation
+from shared.contracts.episodes import RewardSpec
+from shared.contracts.jobs import FieldError, JobSpec
+from shared.contracts.replicas import ReplicaRecord
+
+KNOWN_LOSS_PARAMS = {
+    "importance_sampling": frozenset[str](),
+    "ppo": frozenset({"clip_low", "clip_high"}),
+    "cispo": frozenset({"clip_low", "clip_high"}),
+}
+
+
+def check(data: Any, replicas: Sequence[ReplicaRecord]) -> tuple[JobSpec | None, list[FieldError]]:
+    """The job in `data`, or all that is wrong with it; `replicas` are the processes that live now."""
+    spec, errors = validation.convert(data, JobSpec)
+    if spec is None:
+        return None, errors
+    errors = [*_check_names(spec, replicas), *_check_rules(spec)]
+    return (None, errors) if errors else (spec, [])
+
+
+def _check_names(spec: JobSpec, replicas: Sequence[ReplicaRecord]) -> list[FieldError]:
+    offers = {offer for replica in replicas for offer in replica.offers}
+    errors = [
+        *_known("environment.name", spec.environment.name, offers, "environment"),
+        *_check_reward("reward", spec.reward, offers),
+        *_check_model(spec.base_model, replicas),
+    ]
+    if spec.evaluation.reward is not None:
+        errors += _check_reward("evaluation.reward", spec.evaluation.reward, offers)
+    return errors
+
+
+def _check_reward(path: str, reward: RewardSpec, offers: set[str]) -> list[FieldError]:
+    errors = _known(f"{path}.name", reward.name, offers, "reward")
+    for number, name in enumerate(reward_names(reward)[1:]):
+        errors += _known(f"{path}.params.parts[{number}].name", name, offers, "reward")
+    return errors
+
+
+def _known(path: str, name: str, offers: set[str], kind: str) -> list[FieldError]:
+    names = sorted(offer.partition(":")[2] for offer in offers if offer.startswith(f"{kind}:"))
+    if name in names:
+        return []
+    if not names:
+        return [FieldError(path=path, message=f"no {kind} service is running: see `openrl status`")]
+    return [FieldError(path=path, message=f"unknown {kind} {name!r}; {_hint(name, names)}")]
+
+
+def _check_model(name: str, replicas: Sequence[ReplicaRecord]) -> list[FieldError]:
+    errors = []
+    for service in ("sampler", "trainer"):
+        served = sorted(
+            {replica.base_model for replica in replicas if replica.service == service and replica.base_model}
+        )
+        if name not in served:
+            what = f"; {_hint(name, served)}" if served else ""
+            message = f"no {service} serves {name!r}{what}. Add it with `openrl model add` and `openrl up --model`"
+            errors.append(FieldError(path="base_model", message=message))
+    return (
+        errors[:1]
+        if len(errors) == 2 and errors[0].message.replace("sampler", "trainer") == errors[1].message
+        else errors
+    )
+
+
+def _check_rules(spec: JobSpec) -> list[FieldError]:
+    algorithm = spec.algorithm
+    errors = []
+    for name in sorted(set(algorithm.loss_params) - KNOWN_LOSS_PARAMS[algorithm.loss]):
+        known = ", ".join(sorted(KNOWN_LOSS_PARAMS[algorithm.loss])) or "none"
+        errors.append(
+            FieldError(path=f"algorithm.loss_params.{name}", message=f"unknown for {algorithm.loss}; known: {known}")
+        )
+    low, high = (algorithm.loss_params.get(name) for name in ("clip_low", "clip_high"))
+    if low is not None and high is not None and low >= high:
+        errors.append(FieldError(path="algorithm.loss_params", message=f"clip_low {low} is not below clip_high {high}"))
+    if spec.sampling.max_tokens == 0:
+        errors.append(FieldError(path="sampling.max_tokens", message="0 leaves nothing to train on: give 1 or more"))
+    if spec.sampling.temperature == 0:
+        errors.append(
+            FieldError(path="sampling.temperature", message="0 makes all episodes of a group equal: give, say, 1.0")
+        )
+    if spec.sampling.seed is not None:
+        errors.append(FieldError(path="sampling.seed", message="is set by the job's own seed: set `seed`"))
+    return errors
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(names)}"

@@ -1,0 +1,107 @@
+"""A job specification with errors is answered with all of them, each with its path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from services.coordinator.validation import check
+from shared.contracts.jobs import FieldError
+from shared.contracts.replicas import ReplicaRecord
+
+
+def replica(service: str, **fields: Any) -> ReplicaRecord:
+    return ReplicaRecord(replica=service, service=service, pid=1, host="h", metrics_port=1, ready=True, **fields)
+
+
+LIVING = [
+    replica("environment", offers=["environment:arithmetic", "environment:reasoning_gym"]),
+    replica("reward", offers=["reward:exact_match", "reward:weighted", "reward:regex"]),
+    replica("sampler", base_model="tiny"),
+    replica("trainer", base_model="tiny"),
+]
+
+
+def job(**changes: Any) -> dict[str, Any]:
+    base = {
+        "name": "first",
+        "base_model": "tiny",
+        "environment": {"name": "arithmetic"},
+        "reward": {"name": "exact_match"},
+    }
+    return {**base, **changes}
+
+
+def errors_of(data: Any) -> dict[str, str]:
+    spec, errors = check(data, LIVING)
+    assert (spec is None) == bool(errors)
+    return {error.path: error.message for error in errors}
+
+
+def test_a_minimal_job_is_complete() -> None:
+    assert errors_of(job()) == {}
+
+
+def test_every_error_is_reported_in_one_answer() -> None:
+    found = errors_of(
+        {
+            "name": "No Spaces",
+            "base_model": 3,
+            "algoritm": {},
+            "algorithm": {"steps": 0, "group_sise": 3, "loss": "dpo"},
+            "environment": {"name": "arithmetic", "params": []},
+            "sampling": {"stop": [1.5]},
+        }
+    )
+    assert set(found) == {
+        "name", "base_model", "algoritm", "algorithm.steps", "algorithm.group_sise", "algorithm.loss",
+        "environment.params", "sampling.stop[0]", "reward",
+    }  # fmt: skip
+    assert found["algoritm"] == "unknown field; did you mean 'algorithm'?"
+    assert found["algorithm.loss"] == "'dpo' is none of importance_sampling, ppo, cispo"
+    assert found["algorithm.steps"] == "Expected `int` >= 1, got 0"
+    assert found["reward"] == "is required"
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "message"),
+    [
+        ({"environment": {"name": "arithmetics"}}, "environment.name", "did you mean 'arithmetic'?"),
+        ({"reward": {"name": "vibes"}}, "reward.name", "known here: exact_match, regex, weighted"),
+        ({"base_model": "gpt"}, "base_model", "`openrl model add`"),
+        (
+            {"reward": {"name": "weighted", "params": {"parts": [{"name": "exact_match"}, {"name": "regexp"}]}}},
+            "reward.params.parts[1].name",
+            "did you mean 'regex'?",
+        ),
+        ({"evaluation": {"reward": {"name": "vibes"}}}, "evaluation.reward.name", "unknown reward 'vibes'"),
+        ({"algorithm": {"loss": "ppo", "loss_params": {"clip": 1.0}}}, "algorithm.loss_params.clip", "clip_high"),
+        (
+            {"algorithm": {"loss": "ppo", "loss_params": {"clip_low": 2.0, "clip_high": 1.0}}},
+            "algorithm.loss_params",
+            "clip_low 2.0 is not below clip_high 1.0",
+        ),
+        ({"sampling": {"temperature": 0}}, "sampling.temperature", "makes all episodes of a group equal"),
+        ({"sampling": {"max_tokens": 0}}, "sampling.max_tokens", "leaves nothing to train on"),
+        ({"sampling": {"seed": 1}}, "sampling.seed", "set `seed`"),
+        ({"lora": {"rank": 1000}}, "lora.rank", "<= 128, got 1000"),
+    ],
+)
+def test_an_error_names_the_field_the_value_and_the_way_out(change: dict[str, Any], path: str, message: str) -> None:
+    found = errors_of(job(**change))
+    assert list(found) == [path]
+    assert message in found[path]
+
+
+@pytest.mark.parametrize("data", [None, [], "text", 3])
+def test_what_is_no_object_is_refused(data: Any) -> None:
+    assert list(errors_of(data)) == [""]
+
+
+def test_without_services_the_answer_says_which_are_missing() -> None:
+    _, errors = check(job(), [])
+    assert (
+        FieldError(path="environment.name", message="no environment service is running: see `openrl status`") in errors
+    )
+    assert {error.path for error in errors} == {"environment.name", "reward.name", "base_model"}
