@@ -1,0 +1,64 @@
+"""What this machine has: ports, disk, and how much of it the bus may use."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+import socket
+from pathlib import Path
+
+from shared import topology
+from shared.errors import UserError
+
+STORE_SHARE = 0.8
+"""Part of the free disk that the bus may fill."""
+BUCKET_ROOM = 1 << 30
+"""For the key-value buckets, which have no size of their own."""
+HIGHEST_PORT = 65535
+
+
+def check_port(port: int) -> None:
+    """Raise `UserError` if nobody could listen on this port of the loopback interface. 0 is always fine."""
+    if not 0 <= port <= HIGHEST_PORT:
+        raise UserError(f"port {port} does not exist: choose one from 1 to {HIGHEST_PORT}, or 0 for any free one")
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # As nats-server does it; otherwise a port whose last connections are just closing would count as taken.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+            raise UserError(
+                f"port {port} on 127.0.0.1 {why}: choose another with --port, or 0 for any free one"
+            ) from None
+
+
+def streams_size() -> int:
+    """Bytes that all streams together may hold. The server reserves them, and makes no stream that does not fit."""
+    return sum(stream.max_bytes for stream in topology.STREAMS) + BUCKET_ROOM
+
+
+def store_limit(directory: Path) -> int:
+    """Bytes that the bus may store below `directory`: most of the disk, and never less than the streams need."""
+    free = shutil.disk_usage(directory).free + tree_size(directory)
+    return max(streams_size(), int(free * STORE_SHARE))
+
+
+def tree_size(directory: Path) -> int:
+    """Bytes of all files below a directory. Files that vanish meanwhile do not count."""
+    total = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(OSError):
+            if path.is_file():
+                total += path.stat().st_size
+    return total
+
+
+def readable(size: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

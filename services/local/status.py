@@ -1,0 +1,108 @@
+"""What `openrl status` shows: services as the supervisor sees them, with what they say of themselves, and the jobs."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from typing import Any
+
+from services.local.client import connected, jobs
+from services.local.config import Paths
+from services.local.health import replicas
+from services.local.machine import readable, tree_size
+from services.local.printing import duration, job_summary, table
+from services.local.state import MeshState, ServiceState, running_state
+from shared.contracts.replicas import ReplicaRecord
+from shared.errors import MeshError
+
+
+async def status(paths: Paths) -> dict[str, Any]:
+    """Everything, as plain data. Without a running mesh, only what lies on disk."""
+    state = running_state(paths)
+    answer: dict[str, Any] = {"running": state is not None, "data": str(paths.root), "disk": _disk(paths)}
+    if state is None:
+        return answer
+    living, records, problem = await _asked(paths, state)
+    return answer | {
+        "pid": state.pid,
+        "phase": state.phase,
+        "nats_url": state.nats_url,
+        "uptime_s": round(time.time() - state.started, 1),
+        "services": [_service(service, living.get(service.name)) for service in state.services],
+        "jobs": records,
+        "problem": problem,
+    }
+
+
+def all_ready(answer: dict[str, Any]) -> bool:
+    """Whether a mesh is running and each of its services can work."""
+    return bool(answer["running"]) and all(service["state"] == "ready" for service in answer["services"])
+
+
+def text(answer: dict[str, Any]) -> str:
+    """The same for people."""
+    disk = answer["disk"]
+    room = f"disk  {readable(disk['free'])} free; bus {readable(disk['bus'])}, blobs {readable(disk['blobs'])}"
+    if not answer["running"]:
+        return f"no mesh is running on {answer['data']}\n{room}"
+    heading = (
+        f"mesh on {answer['data']}, {answer['phase']}, up for {duration(answer['uptime_s'])}, process {answer['pid']}\n"
+        f"nats  {answer['nats_url']}\n{room}"
+    )
+    parts = [heading, _services(answer["services"])]
+    if answer["jobs"]:
+        rows = [(job["job"], job["phase"], f"{job['step']}/{job['steps']}", job["reason"]) for job in answer["jobs"]]
+        parts.append(table(("JOB", "PHASE", "STEP", "REASON"), rows))
+    if answer["problem"]:
+        parts.append(answer["problem"])
+    return "\n\n".join(parts)
+
+
+async def _asked(paths: Paths, state: MeshState) -> tuple[dict[str, ReplicaRecord], list[dict[str, Any]], str]:
+    """Replicas and jobs; if the bus does not answer, neither, and why."""
+    if not state.nats_url:
+        return {}, [], ""
+    try:
+        async with connected(paths) as bus:
+            return await replicas(bus), [job_summary(record) for record in await jobs(bus)], ""
+    except MeshError as error:
+        return {}, [], str(error)
+
+
+def _service(service: ServiceState, replica: ReplicaRecord | None) -> dict[str, Any]:
+    alive = replica is not None and replica.pid == service.pid
+    return {
+        "name": service.name,
+        "service": service.service,
+        "state": service.condition,
+        "pid": service.pid,
+        "port": service.port,
+        "activity": replica.activity if replica is not None and alive else "",
+        "uptime_s": round(time.time() - service.started, 1) if service.started and service.pid else None,
+        "restarts": service.restarts,
+        "base_model": service.base_model,
+        "message": service.message,
+    }
+
+
+def _services(services: list[dict[str, Any]]) -> str:
+    rows = [
+        (
+            service["name"],
+            service["state"],
+            service["pid"] or "-",
+            service["port"] or "-",
+            duration(service["uptime_s"]) if service["uptime_s"] is not None else "-",
+            service["restarts"],
+            service["activity"] or (service["message"] if service["state"] in ("waiting", "failed") else ""),
+        )
+        for service in services
+    ]
+    return table(("SERVICE", "STATE", "PID", "PORT", "UP", "RESTARTS", "ACTIVITY"), rows)
+
+
+def _disk(paths: Paths) -> dict[str, int]:
+    if not paths.root.exists():
+        return {"free": shutil.disk_usage(paths.root.anchor).free, "bus": 0, "blobs": 0}
+    free = shutil.disk_usage(paths.root).free
+    return {"free": free, "bus": tree_size(paths.nats), "blobs": tree_size(paths.blobs)}
