@@ -180,7 +180,10 @@ class Bus:
             except ConnectionClosedError:
                 raise TemporaryError(f"not connected to the bus: {subject} was not published") from None
             if asyncio.get_running_loop().time() > give_up:
-                raise TemporaryError(f"the bus did not store a message on {subject} in {PUBLISH_PATIENCE:.0f} s")
+                raise TemporaryError(
+                    f"the bus did not store a message on {subject} in {PUBLISH_PATIENCE:g} s: its server is away, or "
+                    "its disk is full (`openrl status` and `openrl logs nats-server` tell)"
+                )
             await asyncio.sleep(0.2)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -369,6 +372,13 @@ class Bus:
                 # It is there with other settings, from an older version: bring it up to date.
                 await self.stream_context.update_stream(config)
                 return
+            except js_errors.APIError as error:
+                if error.err_code not in _FULL:
+                    raise
+                raise UserError(
+                    f"the nats-server has no room for stream {config.name}: the mesh's streams may hold up to "
+                    f"{topology.MOST_BYTES / 2**30:.1f} GiB together; raise its max_file_store, or free disk"
+                ) from None
             except _AWAY as error:
                 if asyncio.get_running_loop().time() > give_up:
                     raise UserError(f"JetStream does not answer ({error}): start nats-server with -js") from None

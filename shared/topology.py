@@ -66,6 +66,8 @@ RESULTS = Stream("RESULTS", ("rl.v1.results.>",), Kept.BY_LIMITS, max_age=HOUR, 
 EVENTS = Stream("EVENTS", ("rl.v1.events.>",), Kept.BY_LIMITS, max_age=7 * DAY, drops_oldest=True)
 DEAD = Stream("DEAD", ("rl.v1.dead.>",), Kept.BY_LIMITS, max_age=30 * DAY, drops_oldest=True)
 STREAMS = (JOBS, TRAIN, SAMPLE, EPISODES, SCORES, ROLLOUTS, RESULTS, EVENTS, DEAD)
+MOST_BYTES = sum(stream.max_bytes for stream in STREAMS)
+"""What a nats-server must be allowed to store."""
 
 
 @dataclass(frozen=True)

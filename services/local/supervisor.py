@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
 
 from services.local.config import DEFAULT_PORT, Paths, ServiceCommand, Setting, write_toml
-from services.local.endings import end, finish
+from services.local.endings import finish
 from services.local.health import Observer
 from services.local.logs import rotate
 from services.local.machine import check_port, readable, store_limit, streams_size, tree_size
@@ -33,7 +33,7 @@ from services.local.state import MeshState, Phase, held_lock, read_state, write_
 from shared.blobs import BlobStore
 from shared.bus import Bus
 from shared.errors import PermanentError
-from shared.tasks import Tasks
+from shared.tasks import Tasks, cancelled
 
 NATS = "nats-server"
 START_SECONDS = 900.0
@@ -187,7 +187,7 @@ class Supervisor:
             await asyncio.wait([working, failing], return_when=asyncio.FIRST_COMPLETED)
             (working if working.done() else failing).result()
         finally:
-            await end(working, failing)
+            await cancelled([working, failing])
 
     async def _all_ready(self, bus: Bus) -> None:
         now = asyncio.get_running_loop().time
@@ -229,7 +229,7 @@ class Supervisor:
             self._become("stopping")
             self._tell("stopping")
         if self._observing is not None:
-            await end(self._observing)
+            await cancelled([self._observing])
         await stop_all(self._children[1:], self._keepers[1:], DRAIN_SECONDS)
         if self._bus is not None:
             await self._bus.close()

@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from services.local.client import job as job_record
-from services.local.endings import end
 from services.local.health import replicas
 from services.local.progress import JobView
 from shared import topology
 from shared.bus import Bus
 from shared.contracts.jobs import JobChanged, JobProgressed
 from shared.errors import MeshError, PermanentError
+from shared.tasks import cancelled
 from shared.topology import Channel
 
 REFRESH_SECONDS = 1.0
@@ -53,7 +53,7 @@ async def watch(bus: Bus, job: str, show: Show, *, alive: Callable[[], bool]) ->
     try:
         await watcher.until_finished(alive)
     finally:
-        await end(*watcher.readers)
+        await cancelled([*watcher.readers])
     return view
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from services.sampler.engines import kv_cache
 from services.sampler.engines.batching import Shape
+from services.sampler.engines.stops import stop_rule
 from services.sampler.engines.torch_engine import TorchSamplerEngine
 from shared.contracts.arrays import Int32s
 from shared.contracts.policies import LoraSpec, PolicyRef
@@ -176,6 +177,27 @@ async def test_policies_in_one_batch_equal_peft_with_each_alone(start: Start, di
     assert len(same_prompt) == len(models)
 
 
+async def test_rows_of_one_policy_are_computed_side_by_side(
+    start: Start, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await start()
+    policies = [PolicyRef(run="run", version=version) for version in range(2)]
+    for policy in policies:
+        await engine.load_policy(policy, policy_files(reference, policy.version)[1])
+    forward = engine._alive().built.forward
+    usual, seen = forward.decode, []
+
+    def spied(tokens: Tensor, step: Any, segments: Sequence[Any]) -> Tensor:
+        seen.append((len(tokens), len(segments)))
+        return usual(tokens, step, segments)
+
+    monkeypatch.setattr(forward, "decode", spied)
+    mixed: list[PolicyRef | None] = [policies[0], None, policies[1]] * 4
+    await together(engine, [ask(PROMPTS[0], policy=each, max_tokens=9 + at) for at, each in enumerate(mixed)])
+    assert max(rows for rows, _ in seen) > 6
+    assert max(segments for _, segments in seen) <= 3
+
+
 async def test_the_frequency_of_each_token_follows_the_softmax(start: Start, reference: Any) -> None:
     engine = await start(max_sequences=512)
     asked = [ask(PROMPTS[1], num_samples=512, max_tokens=2, temperature=1.5, seed=seed) for seed in range(8)]
@@ -303,6 +325,18 @@ async def test_a_sample_ends_with_the_token_that_completes_a_string(start: Start
         assert with_stop.tokens == without.tokens[: min(ends, default=100)]
         assert with_stop.stop_reason == ("stop" if ends else "length")
     assert any(s.stop_reason == "stop" for s in stopped.sequences)
+
+
+@pytest.mark.parametrize("string", ["ing", "é", "…n", "\n\n"])
+def test_a_string_is_found_when_its_last_token_arrives_and_not_before(string: str) -> None:
+    rule = stop_rule([string], frozenset(), decode)
+    said = list(b"a long beginning is" * 9) + [IM_END] * 5
+    completing = list(string.encode())
+    if string == "ing":
+        said = [token for token in said if token != ord("g")]
+    for count in range(1, len(completing)):
+        assert not rule.ends(said + completing[:count])
+    assert rule.ends(said + completing)
 
 
 async def test_strings_and_ids_may_be_mixed(start: Start) -> None:

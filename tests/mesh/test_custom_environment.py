@@ -12,12 +12,12 @@ import pytest
 
 from services.environment import config as environment_config
 from services.environment import service as environment_service
-from services.environment.registry import ENTRY_POINTS as ENVIRONMENTS
+from services.environment.registry import FAMILY as ENVIRONMENTS
 from services.environment.registry import Registry as Environments
 from services.local.nats_server import NatsServer
 from services.reward import config as reward_config
 from services.reward import service as reward_service
-from services.reward.registry import ENTRY_POINTS as REWARDS
+from services.reward.registry import FAMILY as REWARDS
 from services.reward.registry import Registry as Rewards
 from shared import topology
 from shared.bus import Bus
@@ -52,9 +52,9 @@ async def test_a_job_can_name_the_examples_environment_and_reward(
     save_tokenizer(tmp_path / "model")
     common: dict[str, Any] = {"nats_url": nats_server.url, "blob_url": str(tmp_path / "blobs"), "drain_seconds": 1}
     playing = environment_config.EnvironmentConfig(
-        models={"tiny": str(tmp_path / "model")}, plugins=plugins(ENVIRONMENTS), **common
+        models={"tiny": str(tmp_path / "model")}, plugins=plugins(ENVIRONMENTS.entry_points), **common
     )
-    scoring = reward_config.RewardConfig(plugins=plugins(REWARDS), processes=1, **common)
+    scoring = reward_config.RewardConfig(plugins=plugins(REWARDS.entry_points), processes=1, **common)
 
     def script(prompt: str, number: int) -> str:
         word = prompt.split("'")[1]

@@ -15,7 +15,6 @@ import pytest
 
 from services.local.client import CONFIG_FILE, WEIGHTS_FILE
 from services.local.config import Paths
-from services.local.endings import end
 from shared import topology
 from shared.bus import Bus
 from shared.contracts.episodes import EnvironmentSpec, RewardSpec
@@ -34,6 +33,7 @@ from shared.contracts.jobs import (
     SubmitJob,
 )
 from shared.contracts.policies import LoraSpec, PolicyRecord, PolicyRef
+from shared.tasks import cancelled
 from shared.topology import Channel
 from tests.mesh.local_runs import Mesh, eventually, openrl, run, running
 
@@ -59,7 +59,7 @@ class FakeCoordinator:
             self.tasks.append(asyncio.create_task(self._controls(channel)))
 
     async def stop(self) -> None:
-        await end(*self.tasks)
+        await cancelled([*self.tasks])
 
     async def _submissions(self) -> None:
         async for delivery in self.bus.follow(topology.SUBMIT):

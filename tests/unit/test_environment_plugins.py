@@ -10,7 +10,7 @@ import pytest
 
 from services.environment.api import Environment, EnvironmentParams, Task
 from services.environment.builtin.arithmetic import Arithmetic
-from services.environment.registry import BUILTIN, Registry, from_function
+from services.environment.registry import FAMILY, Registry, from_function
 from shared.contracts.episodes import EnvironmentSpec, Message
 from shared.errors import UserError
 
@@ -19,7 +19,7 @@ REGISTRY = Registry.load([])
 
 def test_what_is_built_in_is_what_the_package_registers() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["openrl.environments"] == BUILTIN
+    assert project["entry-points"]["openrl.environments"] == FAMILY.builtin
 
 
 def test_an_unknown_environment_is_told_with_what_there_is() -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from services.local import doctor, show
 from services.local.config import Paths
 from services.local.demo import Demo, demo_spec, outcome
-from services.local.endings import end, finish
+from services.local.endings import finish
 from services.local.machine import check_port, readable, store_limit, streams_size
 from services.local.printing import duration, table
 from services.local.processes import LONGEST_DELAY, describe_exit, restart_delay

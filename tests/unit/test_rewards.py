@@ -19,7 +19,7 @@ from services.reward.answers import final_answer, same_value
 from services.reward.api import PlayedEpisode, checked_by
 from services.reward.policy import component_names, finite, played
 from services.reward.protocol import LENGTH, Answer, Prepare, Question, Ready, Refused, Score, Scored, frame
-from services.reward.registry import BUILTIN, Registry
+from services.reward.registry import FAMILY, Registry
 from shared import wire
 from shared.contracts.arrays import Float32s, Int32s
 from shared.contracts.episodes import Episode, GroupKey, Message, RewardSpec, ScoreGroup, Task, Turn
@@ -258,7 +258,7 @@ def test_an_object_that_can_be_called_is_a_reward() -> None:
 
 def test_what_is_built_in_is_what_the_package_registers() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["openrl.rewards"] == BUILTIN
+    assert project["entry-points"]["openrl.rewards"] == FAMILY.builtin
 
 
 def test_an_unknown_reward_is_told_with_what_there_is() -> None:
