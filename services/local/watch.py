@@ -53,7 +53,7 @@ async def watch(bus: Bus, job: str, show: Show, *, alive: Callable[[], bool]) ->
     try:
         await watcher.until_finished(alive)
     finally:
-        await cancelled([*watcher.readers])
+        await cancelled(watcher.readers)
     return view
 
 
