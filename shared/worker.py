@@ -168,7 +168,9 @@ class Worker(Generic[T]):
     async def _attempt(self, msg: Msg, headers: dict[str, str]) -> str:
         """Handle one message and settle it; what became of it, for the metrics."""
         try:
-            await self._handle(await self._open(msg, headers))
+            delivery = await self._open(msg, headers)
+            with observe.bound(**_ids(delivery.message)):
+                await self._handle(delivery)
         except asyncio.CancelledError:
             await msg.nak()
             return "handed_back"
@@ -214,3 +216,9 @@ class Worker(Generic[T]):
             await asyncio.sleep(self._consumer.ack_wait / 3)
             with contextlib.suppress(NatsError):
                 await msg.in_progress()
+
+
+def _ids(message: object) -> dict[str, str]:
+    """What log lines about a message should name."""
+    named = {name: getattr(message, name, None) for name in ("job", "run", "group")}
+    return {name: str(value) for name, value in named.items() if value is not None}

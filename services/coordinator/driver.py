@@ -171,8 +171,12 @@ class JobDriver:
 
     async def _ask_more(self) -> None:
         record = self._records.record
+        in_training = len(record.plan.groups) if record.plan else 0
         standing = policy.Standing(
-            step=record.step, updates=record.updates, training=self._training, outstanding=len(record.outstanding)
+            step=record.step,
+            updates=record.updates,
+            training=self._training,
+            outstanding=len(record.outstanding) - in_training,
         )
         count = policy.groups_to_ask_for(standing, record.spec)
         if count == 0:

@@ -54,8 +54,11 @@ def demo_spec(demo: Demo) -> dict[str, Any]:
 
 async def run_demo(
     demo: Demo, commands: list[ServiceCommand], tell: Tell, showing: Callable[[], AbstractContextManager[Show]]
-) -> None:
-    """Start the mesh, run the job, export its adapter, stop. Raise `PermanentError` if the job does not succeed."""
+) -> JobView:
+    """Start the mesh, run the job, export its adapter, stop; how it went.
+
+    Raise `PermanentError` if the job does not succeed.
+    """
     spec = demo_spec(demo)
     supervisor = Supervisor(demo.paths, commands, port=0, tell=tell)
     async with supervisor.running() as bus:
@@ -69,6 +72,7 @@ async def run_demo(
         await export(bus, job, out)
     for line in outcome(view, out, demo.model, models.registered(demo.paths)[demo.model]):
         tell(line)
+    return view
 
 
 def outcome(view: JobView, out: Path, model: str, directory: Path) -> list[str]:

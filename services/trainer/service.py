@@ -26,6 +26,7 @@ from services.trainer.handlers import Operations
 from services.trainer.metrics import TrainerMetrics
 from services.trainer.policy import Turn, next_turn
 from services.trainer.runs import Runs
+from shared import observe
 from shared.bus import Delivery
 from shared.contracts.training import AnyOperation
 from shared.errors import TemporaryError
@@ -120,14 +121,9 @@ class TrainerService:
     async def _run(self, turn: Turn, names: list[str]) -> None:
         deliveries = [self._head(name) for name in names]
         if turn.single:
-            self._doing = type(deliveries[0].message).__name__
-            held = self._runs.held[turn.single]
-            try:
-                await self._operations.single(deliveries[0], held)
-            except TemporaryError as error:
-                held.not_before = time.monotonic() + error.delay
-                log.warning("run %s waits: %s", turn.single, error)
-                return
+            with observe.bound(run=turn.single, request=deliveries[0].message.request_id):
+                if not await self._run_single(turn.single, deliveries[0]):
+                    return
         elif turn.steps:
             self._doing = f"stepping {len(names)} runs"
             await self._operations.step(deliveries)
@@ -136,6 +132,18 @@ class TrainerService:
             await self._operations.run_pass(deliveries)
         for name in names:
             self._done(name)
+
+    async def _run_single(self, name: str, delivery: Delivery[AnyOperation]) -> bool:
+        """False: it is to be tried again later."""
+        self._doing = type(delivery.message).__name__
+        held = self._runs.held[name]
+        try:
+            await self._operations.single(delivery, held)
+        except TemporaryError as error:
+            held.not_before = time.monotonic() + error.delay
+            log.warning("run %s waits: %s", name, error)
+            return False
+        return True
 
     def _head(self, name: str) -> Delivery[AnyOperation]:
         head = self._runs.held[name].backlog.head

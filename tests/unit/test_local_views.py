@@ -23,6 +23,7 @@ from services.local.progress import JobView, activity_line
 from shared.contracts.jobs import Evaluation, JobChanged, JobProgressed, StepReport
 from shared.contracts.replicas import ReplicaRecord
 from shared.errors import UserError
+from shared.tasks import cancelled
 
 
 def stepped(step: int, accuracy: float | None = None) -> JobProgressed:

@@ -43,17 +43,18 @@ class TorchTrainerEngine:
         max_logits: int | None = None,
         share_prefixes: bool = True,
     ) -> None:
-        """Serve runs of `base_model`, the name that they ask for; `model` is loaded, or a directory or hub name.
+        """Serve runs of `base_model`, the name that they ask for.
 
+        `model` is loaded already, or a directory or hub name to be loaded on `device` in `dtype` (see `load_base`).
         `max_pass_tokens` bounds the tokens that go through the model at a time; None: 8192 on CUDA, 1024 elsewhere.
         `max_logits` bounds the logits held at a time; None: 2**28 on CUDA, 2**24 elsewhere. Both only cut the work:
         results do not depend on them. `share_prefixes` computes common beginnings of a run's sequences once. Raise
         `UserError` if the model cannot be loaded.
         """
-        cuda = device.startswith("cuda")
         self._base_model = base_model
         self._model = model if isinstance(model, PreTrainedModel) else load_base(model, device=device, dtype=dtype)
-        self._device = torch.device(device)
+        self._device: torch.device = self._model.device
+        cuda = self._device.type == "cuda"
         self._bank = AdapterBank(self._model)
         config = self._model.config
         vocabulary = self._model.get_input_embeddings().num_embeddings
@@ -123,8 +124,7 @@ class TorchTrainerEngine:
             return PassOutcome(error=_not_finite(f"the loss is {metrics['loss:sum']}"))
         if batch.backward:
             state = self._states[batch.run]
-            gradient = work.gradients.get(batch.run)
-            gathered = _sum(state.gradient, torch.zeros_like(state.weights) if gradient is None else gradient)
+            gathered = _sum(state.gradient, work.gradients.get(batch.run), state.weights)
             if not gathered.isfinite().all():
                 return PassOutcome(error=_not_finite("the gradient is infinite or NaN"))
             state.gradient = gathered
@@ -140,6 +140,8 @@ class TorchTrainerEngine:
             return StepOutcome(metrics=self._state(run).optim_step(adam))
         except PermanentError as error:
             return StepOutcome(error=error)
+        except torch.OutOfMemoryError:
+            return StepOutcome(error=PermanentError(f"no memory is left on {self._device} for the step of run {run!r}"))
 
     def export_adapter(self, run: str) -> dict[str, bytes]:
         """Return the run's weights as PEFT's two files, by name. Raise `UserError` for an unknown run."""
@@ -175,8 +177,11 @@ def _check_adam(adam: AdamParams) -> None:
             raise UserError(f"{name} is {getattr(adam, name)}, it must be from 0 to {LARGEST_SETTING:g}")
 
 
-def _sum(first: Tensor | None, second: Tensor) -> Tensor:
-    return second if first is None else first + second
+def _sum(gathered: Tensor | None, gradient: Tensor | None, weights: Tensor) -> Tensor:
+    """Return both gradients' sum; a pass in which no token could move counts as a gradient of zero."""
+    if gradient is None:
+        gradient = torch.zeros_like(weights)
+    return gradient if gathered is None else gathered + gradient
 
 
 def _by_sequence(logprobs: Tensor, sequences: Sequence[array[int]]) -> list[Float32s]:

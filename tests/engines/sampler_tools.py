@@ -1,0 +1,77 @@
+"""What the tests of the torch sampler share: engines on a tiny model, requests, and references to compare with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from services.sampler.engines.torch_engine import TorchSamplerEngine
+from shared.contracts.arrays import Int32s
+from shared.contracts.policies import LoraSpec, PolicyRef
+from shared.contracts.sampling import SampleRequest, SampleResult, SamplingParams
+from shared.models.adapter_files import to_peft
+from shared.models.lora import Adapter
+
+Start = Callable[..., Awaitable[TorchSamplerEngine]]
+PROMPTS = [[5], [72, 101, 108, 108, 111], list(range(40, 75)), [3, 1, 4, 1, 5, 9, 2, 6], [200] * 21]
+
+
+def decode(tokens: Sequence[int]) -> str:
+    return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+
+def ask(prompt: Sequence[int], *, policy: PolicyRef | None = None, **settings: Any) -> SampleRequest:
+    """Make a request; settings of `SampleRequest` go there and the others to `SamplingParams`."""
+    own = {name: settings.pop(name) for name in ("num_samples", "prompt_logprobs", "isolated") if name in settings}
+    params = SamplingParams(**{"stop": [], "max_tokens": 8, **settings})
+    return SampleRequest(
+        request_id="request", base_model="tiny", prompt=Int32s(prompt), policy=policy, params=params, **own
+    )
+
+
+async def together(engine: TorchSamplerEngine, requests: Sequence[SampleRequest]) -> list[SampleResult]:
+    return await asyncio.gather(*(engine.generate(request) for request in requests))
+
+
+def tokens(result: SampleResult) -> list[int]:
+    assert len(result.sequences) == 1
+    return result.sequences[0].tokens.tolist()
+
+
+@torch.no_grad()
+def continued(model: Any, prompt: Sequence[int], count: int, **settings: Any) -> list[int]:
+    """Transformers' own greedy continuation of one prompt."""
+    ids = torch.tensor([list(prompt)])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count,
+        **{"eos_token_id": None, "pad_token_id": 0, **settings},
+    )  # fmt: skip
+    continuation: list[int] = out[0, len(prompt) :].tolist()
+    return continuation
+
+
+@torch.no_grad()
+def logprobs_of(model: Any, prompt: Sequence[int], sampled: Sequence[int], temperature: float = 1.0) -> Tensor:
+    """Log-probabilities of sampled tokens by one plain forward pass over everything."""
+    logits = model(torch.tensor([[*prompt, *sampled]])).logits[0, len(prompt) - 1 : -1].float()
+    found: Tensor = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(sampled)[:, None])[:, 0]
+    return found
+
+
+def policy_files(model: Any, seed: int, **spec: Any) -> tuple[Adapter, dict[str, bytes]]:
+    """Make an adapter whose B is not zero, so that it changes what the model says."""
+    adapter = Adapter.fresh(model, LoraSpec(rank=4, seed=seed, **spec))
+    generator = torch.Generator().manual_seed(seed)
+    for _, b in adapter.weights.values():
+        b.normal_(generator=generator).mul_(0.1)
+    return adapter, to_peft(adapter, "tiny")
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
