@@ -17,7 +17,7 @@ from services.environment.calls import Calls, Once
 from services.environment.metrics import EnvironmentMetrics
 from services.environment.player import Player, Table
 from services.environment.registry import Registry
-from shared import observe, topology, wire
+from shared import topology, wire
 from shared.bus import Bus, Delivery
 from shared.contracts.episodes import EnvironmentSpec, GroupScored, PlayGroup, ScoreGroup, Task
 from shared.errors import PermanentError, TemporaryError, UserError, failure_of
@@ -89,7 +89,7 @@ class GroupHandler:
     async def handle(self, delivery: Delivery[PlayGroup]) -> None:
         """Play one group."""
         group = delivery.message
-        with observe.bound(job=group.job, group=str(group.group)), self._metrics.running.track_inprogress():
+        with self._metrics.running.track_inprogress():
             try:
                 await self._play(group)
             except PermanentError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -112,25 +111,16 @@ class ServiceCommand:
 def mesh_commands(paths: Paths, models: Mapping[str, Path], *, device: str = "auto") -> list[ServiceCommand]:
     """The services of a mesh for these models, in the order in which they are shown."""
     directories = {name: str(directory) for name, directory in models.items()}
-    threads = engine_threads(os.cpu_count() or 1, len(models))
     commands = [
         service_command("coordinator", config={"metrics_dir": str(paths.metrics)}),
         service_command("environment", config={"models": directories}),
         service_command("reward"),
     ]
     for (name, directory), slug in zip(directories.items(), slugs(directories), strict=True):
-        own: dict[str, Setting] = {"base_model": name, "model_dir": directory, "device": device, "threads": threads}
+        own = {"base_model": name, "model_dir": directory, "device": device}
         commands.append(service_command("sampler", f"sampler-{slug}", own))
         commands.append(service_command("trainer", f"trainer-{slug}", own))
     return commands
-
-
-def engine_threads(cores: int, models: int) -> int:
-    """CPU threads of each engine: a sampler and a trainer for each model share the cores.
-
-    More threads than cores would wait for each other actively, which slows engines far more than sharing does.
-    """
-    return max(1, cores // (2 * max(1, models)))
 
 
 def service_command(service: str, name: str = "", config: Mapping[str, Setting] | None = None) -> ServiceCommand:

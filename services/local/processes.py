@@ -207,6 +207,14 @@ def guarded(argv: Sequence[str], last_signal: signal.Signals = signal.SIGKILL) -
     return [sys.executable, "-I", "-S", guard, str(os.getpid()), str(int(last_signal)), *argv]
 
 
+CHILD_ENVIRONMENT = {
+    "TQDM_DISABLE": "1",  # progress bars are no lines of a log
+    # A sampler and a trainer share the cores. OpenMP's threads by default wait actively, which makes two engines on
+    # the same cores several times slower than one after the other; so each may use all cores, and waits passively.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
 async def spawn(command: ServiceCommand, config: Path, log: Path) -> Process:
     """Start a service in a session of its own, so that the terminal's Ctrl-C goes to the supervisor alone."""
     rotate(log)
@@ -217,7 +225,7 @@ async def spawn(command: ServiceCommand, config: Path, log: Path) -> Process:
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env={**os.environ, "TQDM_DISABLE": "1"},  # progress bars are no lines of a log
+            env={**CHILD_ENVIRONMENT, **os.environ},
         )
 
 

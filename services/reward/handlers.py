@@ -14,7 +14,7 @@ from services.reward import policy
 from services.reward.metrics import RewardMetrics
 from services.reward.processes import Processes
 from services.reward.protocol import Prepare, Refused, Score, Scored
-from shared import observe, topology
+from shared import topology
 from shared.bus import Bus, Delivery
 from shared.contracts.base import Failure
 from shared.contracts.episodes import Episode, GroupScored, RewardSpec, Rollout, ScoreGroup
@@ -32,7 +32,7 @@ class ScoreHandler:
     async def handle(self, delivery: Delivery[ScoreGroup]) -> None:
         """Score one group."""
         group = delivery.message
-        with observe.bound(job=group.job, group=str(group.group)), self._metrics.running.track_inprogress():
+        with self._metrics.running.track_inprogress():
             try:
                 await self._publish(group, await self._rollouts(group))
             except PermanentError as error:
