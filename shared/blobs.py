@@ -7,6 +7,8 @@ of those services. A blob is written once and never changes; whoever reads it co
 from __future__ import annotations
 
 import hashlib
+import logging
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +18,8 @@ from obstore.store import LocalStore, ObjectStore, from_url
 
 from shared.contracts.blobs import BlobRef
 from shared.errors import PermanentError, StorageFull, TemporaryError, UserError
+
+log = logging.getLogger(__name__)
 
 
 class Blobs(Protocol):
@@ -41,6 +45,23 @@ class BlobStore:
             self._store: ObjectStore = from_url(url) if "://" in url else LocalStore(_directory(url), mkdir=True)
         except (BaseError, OSError, ValueError) as error:
             raise UserError(f"blob store {url!r} cannot be opened: {_first_line(error)}") from None
+
+    async def sweep(self, prefix: str, older_than: float) -> int:
+        """Delete blobs below `prefix` that were written more than `older_than` seconds ago; how many. Raises nothing.
+
+        For what nobody can own to the end: bodies of messages that have aged out of their streams.
+        """
+        limit = datetime.now(UTC) - timedelta(seconds=older_than)
+        deleted = 0
+        try:
+            async for page in obstore.list(self._store, prefix):
+                for blob in page:
+                    if blob["last_modified"] < limit:
+                        await self.delete(blob["path"])
+                        deleted += 1
+        except (BaseError, OSError, TemporaryError) as error:
+            log.warning("old blobs below %s stay for now: %s", prefix, _first_line(error))
+        return deleted
 
     def path(self, key: str) -> Path | None:
         """Where a blob lies in the file system; None for a bucket."""

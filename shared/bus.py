@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -18,7 +19,12 @@ from typing import Any, Generic, TypeVar
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.errors import ConnectionClosedError, ConnectionReconnectingError, NoRespondersError
+from nats.errors import (
+    ConnectionClosedError,
+    ConnectionReconnectingError,
+    NoRespondersError,
+    OutboundBufferLimitError,
+)
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext, api
 from nats.js import errors as js_errors
@@ -49,7 +55,7 @@ _WAKE_DELAYS = (0.002, 0.01, 0.05, 0.2, 1.0)
 _FULL = {10023, 10047, 10077, 10122}
 """JetStream's codes for: insufficient resources, insufficient storage, stream at its size, maximum storage exceeded."""
 _AWAY = (TimeoutError, js_errors.NoStreamResponseError, js_errors.ServiceUnavailableError,
-         ConnectionReconnectingError, NoRespondersError)  # fmt: skip
+         ConnectionReconnectingError, NoRespondersError, OutboundBufferLimitError)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,8 @@ class Bus:
         await self.answer(RequestFailed(request_id=request, failure=failure_of(error)), json=json)
 
     async def _check_in(self, body: bytes) -> str:
-        ref = await self.blobs.put(f"messages/{uuid.uuid4().hex}", body)
+        # Named by its content: a publisher that tries again does not leave a copy each time.
+        ref = await self.blobs.put(f"{topology.BODIES}{hashlib.sha256(body).hexdigest()}", body)
         return wire.encode(ref, json=True).decode()
 
     async def _store(self, subject: str, body: bytes, headers: dict[str, str]) -> int:
@@ -197,6 +204,12 @@ class Bus:
         async for raw in self.read(channel.stream.name, subject, after=after):
             try:
                 message, json = await self.open(channel, raw.body, raw.headers)
+            except TemporaryError as error:
+                log.warning("reading %s: %s, trying again", raw.subject, error)
+                await asyncio.sleep(error.delay)
+                async for again in self.follow(channel, after=raw.seq - 1, **parts):
+                    yield again
+                return
             except PermanentError as error:
                 await self.bury(channel.stream.name, raw.subject, raw.body, raw.headers, str(error), 1)
                 if request := raw.headers.get(REQUEST_HEADER):
@@ -263,9 +276,17 @@ class Bus:
         except js_errors.NotFoundError:
             return 0
 
-    async def purge(self, channel: Channel[Any], *, up_to: int, **parts: str) -> None:
-        """Remove the messages of one subject up to and including place `up_to`."""
-        await self.stream_context.purge_stream(channel.stream.name, seq=up_to + 1, subject=channel.subject(**parts))
+    async def purge(self, channel: Channel[Any], *, up_to: int | None = None, **parts: str) -> None:
+        """Remove the messages of one subject, all or up to and including place `up_to`. Raise `TemporaryError`."""
+        try:
+            await self._purge(channel, up_to, parts)
+        except (NatsError, TimeoutError) as error:
+            raise TemporaryError(f"{channel.subject(**parts)} could not be purged: {error}") from None
+
+    async def _purge(self, channel: Channel[Any], up_to: int | None, parts: Mapping[str, str]) -> None:
+        subject = channel.subject(**parts)
+        seq = None if up_to is None else up_to + 1
+        await self.stream_context.purge_stream(channel.stream.name, seq=seq, subject=subject)
 
     # -- asking --------------------------------------------------------------------------------------------------
 

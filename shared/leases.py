@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from shared import topology
 from shared.bus import Bus
@@ -17,6 +18,8 @@ from shared.errors import MeshError
 from shared.tasks import Tasks
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Key = tuple[str, str]
 """What is leased: its kind (`run`, `job`) and its name."""
@@ -44,12 +47,22 @@ class Leases:
         self._tasks.start("leases", self._keep())
 
     async def claim(self, key: Key) -> bool:
-        """Take a lease. False: somebody else has it."""
+        """Take a lease, or keep one that is held. False: somebody else has it."""
+        if key in self._revisions:
+            return True
         revision = await self._table.create(key, Lease(holder=self._replica))
         if revision is None:
             return False
         self._revisions[key] = revision
         return True
+
+    async def releasing_on_error(self, key: Key, work: Awaitable[T]) -> T:
+        """Do the first work under a lease; if it fails, give the lease up rather than hold it idly."""
+        try:
+            return await work
+        except BaseException:
+            await self.release(key)
+            raise
 
     async def release(self, key: Key) -> None:
         """Give a lease up, so that somebody else can have it at once."""

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from nats.errors import NoRespondersError
+from nats.errors import NoRespondersError, OutboundBufferLimitError
 from nats.js import api
 from nats.js import errors as js_errors
 
@@ -24,6 +24,13 @@ Key = str | tuple[str, ...]
 log = logging.getLogger(__name__)
 
 _PATIENCE = 20.0
+_AWAY = (
+    TimeoutError,
+    NoRespondersError,
+    OutboundBufferLimitError,
+    js_errors.NoStreamResponseError,
+    js_errors.ServiceUnavailableError,
+)
 _WRONG_REVISION = {10071, 10164}
 _EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 _OPERATION = "KV-Operation"
@@ -79,6 +86,13 @@ class Table(Generic[T]):
         except js_errors.NotFoundError:
             return None
         return None if _OPERATION in found.headers else Entry(_key(key), self._decode(found.body), found.seq)
+
+    async def was_deleted(self, key: Key) -> bool:
+        """Whether there was an entry that has been deleted. Buckets whose entries expire forget this."""
+        try:
+            return _OPERATION in (await self._read(self._subject(key))).headers
+        except js_errors.NotFoundError:
+            return False
 
     async def items(self) -> list[Entry[T]]:
         """All entries, in the order in which they were last written."""
@@ -138,7 +152,7 @@ class Table(Generic[T]):
         while True:
             try:
                 return (await self._bus.stream_context.publish(subject, body, timeout=3.0, headers=headers)).seq
-            except (TimeoutError, js_errors.NoStreamResponseError, js_errors.ServiceUnavailableError) as error:
+            except _AWAY as error:
                 if asyncio.get_running_loop().time() > give_up:
                     raise TemporaryError(f"the bus did not store {subject}: {error}") from None
                 await asyncio.sleep(0.2)
@@ -152,7 +166,7 @@ class Table(Generic[T]):
         while True:
             try:
                 return stored(await self._bus.stream_context.get_msg(self._stream, subject=subject, direct=True, **how))
-            except (TimeoutError, NoRespondersError, js_errors.ServiceUnavailableError):
+            except _AWAY:
                 if asyncio.get_running_loop().time() > give_up:
                     raise TemporaryError(f"the bus does not answer for {subject}") from None
                 await asyncio.sleep(0.2)

@@ -18,7 +18,7 @@ from shared.contracts.replicas import ReplicaRecord
 from shared.contracts.results import DeadLetter, Result
 from shared.contracts.sampling import SampleRequest
 from shared.contracts.training import AnyOperation, Lease, RunRecord
-from shared.errors import UserError
+from shared.errors import TemporaryError, UserError
 
 T = TypeVar("T")
 
@@ -26,6 +26,10 @@ HOUR = 3600.0
 DAY = 24 * HOUR
 MIB = 1 << 20
 MAX_NAME = 200
+BODIES = "messages/"
+"""Where the blob store keeps bodies that are too large for a message."""
+BODIES_AGE = 7 * DAY
+"""As long as the longest stream that is read from its beginning."""
 _SPECIAL = re.compile(r"[^A-Za-z0-9_-]+")
 
 
@@ -147,8 +151,19 @@ class Consumer(Generic[T]):
     ack_wait: float = 30.0
     """Seconds without a sign of life after which a message goes to somebody else."""
     max_deliver: int = 5
+    """How often a message whose handler fails by a defect is given out."""
+    temporary_deliveries: int = 25
+    """How often one whose handler raises `TemporaryError` is, with growing delays: some ten minutes in all."""
     max_pending: int = 256
     """Messages that may be out at the same time, over all replicas: the back-pressure of a work queue."""
+
+    def is_last(self, error: BaseException, deliveries: int) -> bool:
+        """Whether a message that failed with `error` will not be given out again.
+
+        A cancellation, when a replica stops, counts as temporary.
+        """
+        temporary = isinstance(error, TemporaryError) or not isinstance(error, Exception)
+        return deliveries >= (self.temporary_deliveries if temporary else self.max_deliver)
 
 
 def job_consumer(channel: Channel[T]) -> Consumer[T]:

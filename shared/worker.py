@@ -1,7 +1,7 @@
 """The one place that takes work from a queue, acknowledges it, and catches everything.
 
     handler returns                 → ack
-    TemporaryError                  → given out again after its delay; on the last delivery as below
+    TemporaryError                  → given out again after a growing delay; on the last delivery as below
     PermanentError, undecodable     → kept in DEAD with the reason, taken off the queue, the asker gets the failure
     any other exception (a defect)  → given out again; on the last delivery as above
     cancelled, while stopping       → handed back at once, for another replica
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 FETCH_SECONDS = 1.0
 DEFECT_DELAY = 1.0
+MOST_DELAY = 30.0
 SECONDS_BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300)
 
 
@@ -108,7 +109,6 @@ class Worker(Generic[T]):
             filter_subject=consumer.subject,
             ack_policy=api.AckPolicy.EXPLICIT,
             ack_wait=consumer.ack_wait,
-            max_deliver=consumer.max_deliver,
             max_ack_pending=consumer.max_pending,
         )
         stream = consumer.channel.stream.name
@@ -116,8 +116,9 @@ class Worker(Generic[T]):
         return await self._bus.stream_context.pull_subscribe_bind(consumer=consumer.name, stream=stream)
 
     async def _take_some(self, subscription: JetStreamContext.PullSubscription) -> JetStreamContext.PullSubscription:
-        await self._slots.acquire()
-        self._slots.release()
+        if self._slots.locked():
+            await self._a_slot_or_the_end()
+            return subscription
         free = self._concurrency - len(self._running)
         try:
             messages = await subscription.fetch(max(1, free), timeout=FETCH_SECONDS)
@@ -134,6 +135,15 @@ class Worker(Generic[T]):
             self._running.add(task)
             task.add_done_callback(self._done)
         return subscription
+
+    async def _a_slot_or_the_end(self) -> None:
+        slot = asyncio.ensure_future(self._slots.acquire())
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        await asyncio.wait([slot, stopping], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        slot.cancel()
+        if slot.done() and not slot.cancelled():
+            self._slots.release()
 
     async def _resubscribe(self, old: JetStreamContext.PullSubscription) -> JetStreamContext.PullSubscription:
         try:
@@ -168,6 +178,8 @@ class Worker(Generic[T]):
     async def _attempt(self, msg: Msg, headers: dict[str, str]) -> str:
         """Handle one message and settle it; what became of it, for the metrics."""
         try:
+            if msg.metadata.num_delivered > self._consumer.temporary_deliveries:
+                raise PermanentError("it was given out too often: whoever took it may have died of it each time")
             delivery = await self._open(msg, headers)
             with observe.bound(**_ids(delivery.message)):
                 await self._handle(delivery)
@@ -190,9 +202,11 @@ class Worker(Generic[T]):
     async def _again(self, msg: Msg, headers: dict[str, str], error: Exception) -> str:
         if not isinstance(error, MeshError):
             log.error("handling %s failed", msg.subject, exc_info=error)
-        if msg.metadata.num_delivered >= self._consumer.max_deliver:
+        deliveries = msg.metadata.num_delivered
+        if self._consumer.is_last(error, deliveries):
             return await self._give_up(msg, headers, error)
-        await msg.nak(delay=error.delay if isinstance(error, TemporaryError) else DEFECT_DELAY)
+        delay = error.delay if isinstance(error, TemporaryError) else DEFECT_DELAY
+        await msg.nak(delay=min(MOST_DELAY, delay * 1.5 ** (deliveries - 1)))
         return "again"
 
     async def _give_up(self, msg: Msg, headers: dict[str, str], error: Exception) -> str:

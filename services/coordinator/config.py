@@ -14,5 +14,7 @@ class CoordinatorConfig(ServiceConfig, frozen=True, kw_only=True):
     """Jobs driven at the same time; others wait, by priority."""
     max_failed_groups: int = 8
     """Groups that may fail one after another; then the job fails with the last one's reason."""
+    group_patience_s: float = 3600.0
+    """A group that has not come back after this long counts as failed, and another one is asked for."""
     keep_policies: int = 2
     """Newest versions of a job's policy that are kept beyond those still in use."""

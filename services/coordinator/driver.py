@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
@@ -23,10 +24,11 @@ import msgspec
 from services.coordinator import policy
 from services.coordinator.advantages import has_signal, training_data
 from services.coordinator.evaluations import Evaluations
-from services.coordinator.operations import create_run, step_operations
+from services.coordinator.operations import step_operations
 from services.coordinator.records import Records
 from services.coordinator.requests import held_out_group, training_group
 from shared import topology
+from shared.contracts.base import Failure
 from shared.contracts.episodes import GroupKey, GroupScored, PlayGroup
 from shared.contracts.jobs import Evaluation, EvaluationPlan, StepPlan, StepReport, Wanted
 from shared.contracts.results import Result
@@ -47,14 +49,19 @@ class JobFailed(MeshError):
 class JobDriver:
     """The state machine of one job."""
 
-    def __init__(self, node: Node, records: Records, *, max_failed_groups: int, keep_policies: int) -> None:
+    def __init__(
+        self, node: Node, records: Records, *, max_failed_groups: int, keep_policies: int, patience_s: float
+    ) -> None:
         self._node = node
         self._records = records
         self._max_failed = max_failed_groups
+        self._patience_s = patience_s
         self._keep_policies = keep_policies
         self._tasks = Tasks(f"{node.replica}/{records.job}")
         self._events: asyncio.Queue[GroupScored | tuple[Result, ...] | MeshError | Wanted] = asyncio.Queue()
         self._ready: dict[GroupKey, GroupScored] = {}
+        self._asked: dict[GroupKey, float] = {}
+        """When a group that is not back was asked for, by the monotonic clock."""
         self._evaluations = Evaluations(records.spec.evaluation)
         self._training = False
         self._dropped_in_step = 0
@@ -75,12 +82,15 @@ class JobDriver:
 
     async def run(self) -> None:
         """Drive the job to its end, or until its owner wants it paused or cancelled."""
+        if await self._stopped_by(self._records.record.wanted):
+            return
         self._tasks.start("rollouts", self._follow())
+        self._tasks.start("patience", self._look_for_lost_groups())
         try:
             await self._begin()
             while not self._finished():
                 await self._move()
-                if not await self._take(await self._events.get()):
+                if not await self._take(await self._next_event()):
                     return
             await self._records.finish("succeeded", "")
         except JobFailed as error:
@@ -92,10 +102,7 @@ class JobDriver:
         record = self._records.record
         if record.phase != "running":
             await self._records.enter("running", "")
-        if record.next_seq == 0:
-            await self._records.create_run()
-            await self._send([create_run(record)])
-            await self._records.save(next_seq=1)
+        await self._records.create_run()
         for plan in record.evaluating:
             await self._ask_evaluation(plan)
         # After a restart, ask again for what was asked for: requests are told apart by their keys, so those that
@@ -130,13 +137,30 @@ class JobDriver:
             await self._take_group(event)
         elif isinstance(event, tuple):
             await self._end_step(event)
-        elif event == "cancel":
-            await self._records.finish("cancelled", "cancelled by its owner")
-            return False
-        elif event == "pause":
-            await self._records.enter("paused", "paused by its owner")
-            return False
+        else:
+            return not await self._stopped_by(event)
         return True
+
+    async def _stopped_by(self, wanted: Wanted) -> bool:
+        """Whether the job ends or pauses here because its owner wants it."""
+        if wanted == "cancel":
+            await self._records.finish("cancelled", "cancelled by its owner")
+        elif wanted == "pause":
+            await self._records.enter("paused", "paused by its owner")
+        return wanted != "run"
+
+    async def _next_event(self) -> GroupScored | tuple[Result, ...] | MeshError | Wanted:
+        """What happens next. Raise what one of this job's own tasks failed with."""
+        waiting = asyncio.ensure_future(self._events.get())
+        failing = asyncio.ensure_future(self._tasks.wait())
+        try:
+            await asyncio.wait([waiting, failing], return_when=asyncio.FIRST_COMPLETED)
+            if failing.done():
+                failing.result()
+            return await waiting
+        finally:
+            waiting.cancel()
+            failing.cancel()
 
     # -- groups --------------------------------------------------------------------------------------------------
 
@@ -144,8 +168,20 @@ class JobDriver:
         async for delivery in self._node.bus.follow(topology.SCORED, job=self._records.job):
             self._events.put_nowait(delivery.message)
 
+    async def _look_for_lost_groups(self) -> None:
+        """Give up groups that do not come back: whoever played one may have died each time it was given out."""
+        while True:
+            await asyncio.sleep(self._patience_s / 10)
+            now = time.monotonic()
+            overdue = [key for key, asked in self._asked.items() if now - asked > self._patience_s]
+            for key in overdue:
+                self._asked.pop(key, None)
+                failure = Failure(message=f"group {key} did not come back in {self._patience_s:g} s")
+                self._events.put_nowait(GroupScored(job=self._records.job, group=key, failure=failure))
+
     async def _take_group(self, group: GroupScored) -> None:
         record = self._records.record
+        self._asked.pop(group.group, None)
         held_out = group.group.split == "held_out"
         expected = self._evaluations.expects(group.group) if held_out else group.group in record.outstanding
         if not expected or group.group in self._ready:
@@ -175,7 +211,8 @@ class JobDriver:
         standing = policy.Standing(
             step=record.step,
             updates=record.updates,
-            training=self._training,
+            # A plan whose groups have not been read again after a restart is being trained all the same.
+            training=self._training or record.plan is not None,
             outstanding=len(record.outstanding) - in_training,
         )
         count = policy.groups_to_ask_for(standing, record.spec)
@@ -190,6 +227,8 @@ class JobDriver:
         await asyncio.gather(*(self._publish_group(training_group(record, key)) for key in keys))
 
     async def _publish_group(self, group: PlayGroup) -> None:
+        self._asked[group.group] = time.monotonic()
+
         def publish() -> Awaitable[int]:
             msg_id = f"{group.job}/{group.group}"
             return self._node.bus.publish(topology.GROUPS, group, msg_id=msg_id, environment=group.environment.name)
@@ -292,7 +331,8 @@ class JobDriver:
         row = policy.report(record.step + 1, groups, record.updates, trained)
         now = time.monotonic()
         seconds = now - self._step_began
-        metrics = {k: v for r in results if isinstance(r, OperationResult) for k, v in r.metrics.items()}
+        named = [pair for result in results if isinstance(result, OperationResult) for pair in result.metrics.items()]
+        metrics = {name: value for name, value in named if math.isfinite(value)}  # JSON has no others
         return msgspec.structs.replace(
             row,
             loss=metrics.get("loss:sum", 0.0),

@@ -75,7 +75,8 @@ class Jobs:
             self._changed.clear()
             for record in sorted(self._open.values(), key=lambda record: (-record.spec.priority, record.created)):
                 idle = record.phase == "paused" and record.wanted == "pause"
-                if record.job in self.drivers or idle or len(self.drivers) >= self._config.max_jobs:
+                full = len(self.drivers) >= self._config.max_jobs and record.wanted == "run"
+                if record.job in self.drivers or idle or full:
                     continue
                 try:
                     await self._claim(record.job)
@@ -85,7 +86,7 @@ class Jobs:
     async def _claim(self, name: str) -> None:
         if not await self._leases.claim(("job", name)):
             return
-        entry = await self._table.get(name)
+        entry = await self._leases.releasing_on_error(("job", name), self._table.get(name))
         if entry is None or entry.value.phase in FINISHED:
             await self._leases.release(("job", name))
             return
@@ -96,9 +97,8 @@ class Jobs:
             records,
             max_failed_groups=self._config.max_failed_groups,
             keep_policies=self._config.keep_policies,
+            patience_s=self._config.group_patience_s,
         )
-        if entry.value.wanted != "run":
-            driver.wish(entry.value.wanted)
         self.drivers[name] = driver
         self._metrics.running.set(len(self.drivers))
         self._running[name] = self._node.tasks.start(f"job {name}", self._drive(name, driver))

@@ -38,11 +38,11 @@ def create_run(record: JobRecord) -> CreateRun:
 def step_operations(record: JobRecord, first_seq: int, data: Sequence[Datum]) -> list[AnyOperation]:
     """Train on `data`, if there is any, publish the policy, write the checkpoints that are due.
 
-    The last step leaves a policy and a checkpoint in any case.
+    The first step begins the run; the last one leaves a policy and a checkpoint in any case.
     """
     last = record.step + 1 == record.spec.algorithm.steps
     every = record.spec.checkpoint.every
-    operations: list[AnyOperation] = []
+    operations: list[AnyOperation] = [] if first_seq else [create_run(record)]
 
     def head() -> dict[str, object]:
         seq = first_seq + len(operations)

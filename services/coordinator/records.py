@@ -46,10 +46,13 @@ class Records:
         self._node = node
         self._metrics = metrics
         self._file = metrics_dir / f"{topology.token(record.job)}.jsonl"
+        self._bus = node.bus
         self._jobs = node.bus.table(topology.JOB_RECORDS)
         self._runs = node.bus.table(topology.RUNS)
         self._policies = node.bus.table(topology.POLICIES)
         self._published: set[int] | None = None
+        self._possible: tuple[JobRecord, ...] = ()
+        """What the bucket may hold if nobody but us and the owner has written."""
 
     @property
     def job(self) -> str:
@@ -65,6 +68,8 @@ class Records:
         """Change the record, here and in the bucket."""
         while True:
             record = msgspec.structs.replace(self.record, **changes)
+            # A write whose answer got lost may have been stored.
+            self._possible = (self.record, record)
             try:
                 revision = await self._jobs.update(self.job, record, self._revision)
                 if revision is not None:
@@ -76,10 +81,10 @@ class Records:
                 await asyncio.sleep(error.delay)
 
     async def _reread(self) -> None:
-        """Somebody wrote the record: its owner may only have changed what is wanted."""
+        """Somebody wrote the record: its owner, who may only have changed what is wanted, or another coordinator."""
         entry = await self._jobs.get(self.job)
-        if entry is None or entry.value.phase in FINISHED:
-            raise LostJob(f"job {self.job} was ended or removed by somebody else")
+        if entry is None or msgspec.structs.replace(entry.value, wanted=self.record.wanted) not in self._possible:
+            raise LostJob(f"job {self.job} is driven, or was ended, by somebody else")
         self._revision = entry.revision
         self.record = msgspec.structs.replace(self.record, wanted=entry.value.wanted)
 
@@ -160,10 +165,15 @@ class Records:
             await self._node.blobs.delete(ref.key)
 
     async def _close_run(self) -> None:
-        while (entry := await self._runs.get(self.record.run)) is not None and not entry.value.closed:
-            closed = msgspec.structs.replace(entry.value, closed=True)
-            if await self._runs.update(self.record.run, closed, entry.revision) is not None:
-                return
+        run = self.record.run
+        while (entry := await self._runs.get(run)) is not None and not entry.value.closed:
+            closed = msgspec.structs.replace(entry.value, closed=True, snapshot=None)
+            if await self._runs.update(run, closed, entry.revision) is None:
+                continue
+            # Nothing will be replayed: the checkpoint of the last step is what stays.
+            await self._bus.purge(topology.OPERATIONS, run=run)
+            if entry.value.snapshot is not None:
+                await self._node.blobs.delete(entry.value.snapshot.state.key)
 
     async def _tell(self, channel: topology.Channel[Any], event: Any, msg_id: str) -> None:
         """Publish an event. A job does not stop because nobody can be told of it."""

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from shared.node import Node
 from shared.worker import Worker
 
 CONCURRENT_COMMANDS = 8
+SWEEP_SECONDS = 3600.0
 
 
 class CoordinatorService:
@@ -50,12 +52,19 @@ class CoordinatorService:
         self._jobs.start()
         for worker in self._workers:
             self._node.tasks.start("commands", worker.run())
+        self._node.tasks.start("sweep", self._sweep())
 
     async def stop(self) -> None:
         """Let go of all jobs; another coordinator, or this one after a restart, goes on."""
         for worker in self._workers:
             await worker.stop(self._node.drain_seconds)
         await self._jobs.stop()
+
+    async def _sweep(self) -> None:
+        """Delete bodies of messages that have aged out of their streams."""
+        while True:
+            await self._node.blobs.sweep(topology.BODIES, topology.BODIES_AGE)
+            await asyncio.sleep(SWEEP_SECONDS)
 
     def _worker(self, channel: topology.Channel[Any], handler: Any) -> Worker[Any]:
         return Worker(

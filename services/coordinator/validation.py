@@ -86,10 +86,9 @@ def _check_rules(spec: JobSpec) -> list[FieldError]:
         errors.append(FieldError(path="algorithm.loss_params", message=f"clip_low {low} is not below clip_high {high}"))
     if spec.sampling.max_tokens == 0:
         errors.append(FieldError(path="sampling.max_tokens", message="0 leaves nothing to train on: give 1 or more"))
-    if spec.sampling.temperature == 0:
-        errors.append(
-            FieldError(path="sampling.temperature", message="0 makes all episodes of a group equal: give, say, 1.0")
-        )
+    if spec.sampling.temperature != 1:
+        why = "log-probabilities are trained at temperature 1 and must be sampled at it: leave it out"
+        errors.append(FieldError(path="sampling.temperature", message=f"{spec.sampling.temperature:g}: {why}"))
     if spec.sampling.seed is not None:
         errors.append(FieldError(path="sampling.seed", message="is set by the job's own seed: set `seed`"))
     return errors

@@ -96,7 +96,7 @@ class GroupHandler:
                 await self._fail(group, error)
             except (Exception, asyncio.CancelledError) as error:
                 # A cancelled group is handed back, but what was delivered for the last time does not come again.
-                if delivery.deliveries >= topology.GROUP_PLAYERS.max_deliver:
+                if topology.GROUP_PLAYERS.is_last(error, delivery.deliveries):
                     await self._fail(group, error)
                 raise
 

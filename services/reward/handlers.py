@@ -39,7 +39,7 @@ class ScoreHandler:
                 await self._publish(group, [], failure_of(error))
             except (Exception, asyncio.CancelledError) as error:
                 # A cancelled group is handed back, but what was delivered for the last time does not come again.
-                if delivery.deliveries >= topology.GROUP_SCORERS.max_deliver:
+                if topology.GROUP_SCORERS.is_last(error, delivery.deliveries):
                     await self._publish(group, [], last_words(error))
                 raise
 

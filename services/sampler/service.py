@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
@@ -18,11 +19,13 @@ from services.sampler.handlers import SampleHandler
 from services.sampler.metrics import SamplerMetrics
 from services.sampler.policies import Policies
 from shared import topology
-from shared.errors import MeshError
+from shared.errors import MeshError, PermanentError
 from shared.node import Node
 from shared.worker import Worker
 
 log = logging.getLogger(__name__)
+
+WATCH_SECONDS = 1.0
 
 
 class SamplerService:
@@ -59,11 +62,19 @@ class SamplerService:
         place = await self._node.bus.last_place(topology.POLICIES_PUBLISHED)
         self._node.tasks.start("announcements", self._follow_announcements(place))
         self._node.tasks.start("requests", self._worker.run())
+        self._node.tasks.start("engine", self._watch_engine())
 
     async def stop(self) -> None:
         """Finish what runs, hand back the rest."""
         await self._worker.stop(self._node.drain_seconds)
         await self._engine.stop()
+
+    async def _watch_engine(self) -> None:
+        """Fail when the engine has: a replica that can only refuse must not take from the shared queue."""
+        while True:
+            if (problem := self._engine.problem()) is not None:
+                raise PermanentError(problem)
+            await asyncio.sleep(WATCH_SECONDS)
 
     async def _follow_announcements(self, place: int) -> None:
         async for delivery in self._node.bus.follow(topology.POLICIES_PUBLISHED, after=place):

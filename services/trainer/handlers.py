@@ -46,6 +46,7 @@ class Operations:
         self._engine = engine
         self._metrics = metrics
         self._policies = node.bus.table(topology.POLICIES)
+        self._unsent: dict[str, set[asyncio.Task[None]]] = {}
 
     async def run_pass(self, deliveries: Sequence[Delivery[AnyOperation]]) -> None:
         """Forward and backward for several runs at once."""
@@ -116,14 +117,17 @@ class Operations:
             )
         await self._engine.call(self._engine.engine.create_run, operation.run, operation.lora)
 
-    async def _save_policy(self, operation: SavePolicy, held: HeldRun) -> PolicyRecord:
+    async def _save_policy(self, operation: SavePolicy, held: HeldRun) -> PolicyRecord | None:
         key = (operation.run, str(operation.version))
         ref = PolicyRef(run=operation.run, version=operation.version)
         if (entry := await self._policies.get(key)) is not None:
             record = entry.value  # done before the trainer was killed: a policy is written once
+        elif await self._policies.was_deleted(key):
+            return None  # done, and not needed any more: a replay does not bring it back
         else:
             record = await self._write_policy(ref, held)
-            await self._policies.create(key, record)
+            if await self._policies.create(key, record) is None:
+                raise TemporaryError(f"policy {ref} was recorded by another trainer meanwhile")
         await self._node.bus.publish(
             topology.POLICIES_PUBLISHED,
             PolicyPublished(record=record, seq=operation.seq),
@@ -163,7 +167,16 @@ class Operations:
         self._send(delivery, result)
 
     def _send(self, delivery: Delivery[AnyOperation], result: Result) -> None:
-        self._node.tasks.start(f"answer {result.request_id}", self._send_until_stored(result, json=delivery.json))
+        sending = self._send_until_stored(result, json=delivery.json)
+        task = self._node.tasks.start(f"answer {result.request_id}", sending)
+        unsent = self._unsent.setdefault(delivery.message.run, set())
+        unsent.add(task)
+        task.add_done_callback(unsent.discard)
+
+    async def settled(self, run: str) -> None:
+        """Wait until all answers of a run are stored."""
+        if unsent := self._unsent.get(run):
+            await asyncio.wait(set(unsent))
 
     async def _send_until_stored(self, result: Result, *, json: bool) -> None:
         while True:

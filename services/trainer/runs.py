@@ -59,8 +59,12 @@ class Runs:
         engine: EngineThread,
         metrics: TrainerMetrics,
         on_repeated: Callable[[Delivery[AnyOperation]], Awaitable[None]],
+        settled: Callable[[str], Awaitable[None]],
     ) -> None:
-        """`on_repeated` answers an operation that was executed before this trainer read it."""
+        """`on_repeated` answers an operation that was executed before this trainer read it.
+
+        `settled` waits until all answers of a run are stored.
+        """
         self.held: dict[str, HeldRun] = {}
         self.work = asyncio.Event()
         """Set when there may be something new to execute."""
@@ -69,6 +73,7 @@ class Runs:
         self._engine = engine
         self._metrics = metrics
         self._on_repeated = on_repeated
+        self._settled = settled
         self._table = node.bus.table(topology.RUNS)
         self._known: dict[str, RunRecord] = {}
         self._leases = Leases(node.bus, node.replica, node.tasks, self._lost)
@@ -96,6 +101,7 @@ class Runs:
         """Write a run's state to the blob store, then cut its log up to there. Never raises `MeshError`."""
         held = self.held[name]
         seq, place = held.backlog.next_seq - 1, held.backlog.replay_from
+        await self._settled(name)  # what is cut off the log can never be answered again
         try:
             state = await self._engine.call(self._engine.engine.snapshot, name)
             ref = await self._node.blobs.put(_state_key(name, seq, state), state)
@@ -128,8 +134,8 @@ class Runs:
                 held.record, held.revision = record, revision
                 return True
             entry = await self._table.get(name)  # its owner changed it meanwhile, for instance closed it
-            if entry is None:
-                return False
+            if entry is None or entry.value.snapshot != held.record.snapshot:
+                return False  # somebody else holds the run, and has written a snapshot of it
             held.record, held.revision = entry.value, entry.revision
         return False
 
@@ -164,12 +170,13 @@ class Runs:
     async def _claim(self, name: str) -> None:
         if not await self._leases.claim(("run", name)):
             return
-        entry = await self._table.get(name)
+        entry = await self._leases.releasing_on_error(("run", name), self._table.get(name))
         if entry is None or entry.value.closed:
             self._known.pop(name, None)
             await self._leases.release(("run", name))
             return
-        held = await self._restored(entry.value, entry.revision)
+        work = self._restored(entry.value, entry.revision)
+        held = await self._leases.releasing_on_error(("run", name), work)
         self.held[name] = held
         log.info("run %s is ours, from operation %d", name, held.backlog.next_seq)
         held.reader = self._node.tasks.start(f"log of {name}", self._read(name, held))

@@ -51,7 +51,9 @@ class TrainerService:
         self._engine = EngineThread(lambda: make_engine(config))
         self._metrics = TrainerMetrics(node.telemetry.registry, lambda: len(self._runs.held), self._backlog)
         self._operations = Operations(node, self._engine, self._metrics)
-        self._runs = Runs(node, config, self._engine, self._metrics, self._operations.repeated)
+        self._runs = Runs(
+            node, config, self._engine, self._metrics, self._operations.repeated, self._operations.settled
+        )
         self._last_served: dict[str, float] = {}
         self._stopping = asyncio.Event()
         self._executing = asyncio.Lock()

@@ -149,6 +149,7 @@ async def test_an_operation_that_was_done_before_is_answered_and_not_done_again(
         await producer.send(producer.train([5, 6, 7]))
         await producer.send(producer.step())
         before = await producer.send(producer.train([5, 6, 7], forward_only=True))
+        await producer.send(producer.train([5, 6, 7]))  # a gradient, so that a step done again would show
         producer.seq -= 1
         late = producer.step()  # the seq of the pass before, with a new id, as after a long absence
         await bus.ask(topology.OPERATIONS, late, msg_id="late", timeout=30, run=producer.run)

@@ -205,6 +205,16 @@ def test_a_step_trains_steps_and_publishes_in_order() -> None:
     assert operations == step_operations(record(step=1, updates=1), 5, data), "the same plan gives the same operations"
 
 
+def test_the_first_step_begins_the_run() -> None:
+    operations = step_operations(record(), 0, training_data([group(0)], AlgorithmSpec()))
+    assert [(type(operation).__name__, operation.seq) for operation in operations] == [
+        ("CreateRun", 0),
+        ("ForwardBackward", 1),
+        ("OptimStep", 2),
+        ("SavePolicy", 3),
+    ]
+
+
 def test_a_step_without_data_does_nothing_to_the_run() -> None:
     assert step_operations(record(step=1), 5, []) == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,17 @@ async def test_a_corrupted_or_missing_blob_is_an_error(tmp_path: Path) -> None:
     await store.delete("a.bin")
     with pytest.raises(PermanentError, match="is missing"):
         await store.get(ref)
+
+
+async def test_only_old_blobs_below_the_prefix_are_swept(tmp_path: Path) -> None:
+    store = BlobStore(str(tmp_path))
+    for key in ("messages/old", "messages/new", "policies/old"):
+        await store.put(key, b"x")
+    for key in ("messages/old", "policies/old"):
+        os.utime(tmp_path / key, (0, 0))
+    assert await store.sweep("messages/", older_than=60) == 1
+    assert {path.name for path in (tmp_path / "messages").iterdir()} == {"new"}
+    assert (tmp_path / "policies" / "old").exists()
 
 
 def test_an_unknown_blob_store_is_refused() -> None:

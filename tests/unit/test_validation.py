@@ -82,7 +82,11 @@ def test_every_error_is_reported_in_one_answer() -> None:
             "algorithm.loss_params",
             "clip_low 2.0 is not below clip_high 1.0",
         ),
-        ({"sampling": {"temperature": 0}}, "sampling.temperature", "makes all episodes of a group equal"),
+        (
+            {"sampling": {"temperature": 0.7}},
+            "sampling.temperature",
+            "0.7: log-probabilities are trained at temperature 1",
+        ),
         ({"sampling": {"max_tokens": 0}}, "sampling.max_tokens", "leaves nothing to train on"),
         ({"sampling": {"seed": 1}}, "sampling.seed", "set `seed`"),
         ({"lora": {"rank": 1000}}, "lora.rank", "<= 128, got 1000"),

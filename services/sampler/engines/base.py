@@ -43,6 +43,9 @@ class SamplerEngine(Protocol):
     def capacity(self) -> int:
         """How many policies can be loaded at the same time."""
 
+    def problem(self) -> str | None:
+        """Why the engine cannot answer any more; None: it can."""
+
     def load(self) -> EngineLoad:
         """How busy the engine is."""
 

@@ -101,6 +101,10 @@ class TorchSamplerEngine:
         """What can be answered. Raise `TemporaryError` if the engine is not running."""
         return self._alive().built.limits
 
+    def problem(self) -> str | None:
+        """See `SamplerEngine.problem`."""
+        return None if self._death is None else f"the worker has died: {self._death!r}"
+
     def load(self) -> EngineLoad:
         """How busy the engine was at the end of its last step."""
         return EngineLoad() if self._started is None else self._started.worker.load
