@@ -103,6 +103,7 @@ class JobDriver:
         if record.phase != "running":
             await self._records.enter("running", "")
         await self._records.create_run()
+        await self._records.tell_again()
         for plan in record.evaluating:
             await self._ask_evaluation(plan)
         # After a restart, ask again for what was asked for: requests are told apart by their keys, so those that

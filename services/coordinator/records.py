@@ -12,6 +12,7 @@ import msgspec
 
 from services.coordinator import policy
 from services.coordinator.metrics import CoordinatorMetrics
+from services.coordinator.metrics_file import MetricsFile
 from shared import topology
 from shared.contracts.jobs import (
     FINISHED,
@@ -45,7 +46,7 @@ class Records:
         self._revision = revision
         self._node = node
         self._metrics = metrics
-        self._file = metrics_dir / f"{topology.token(record.job)}.jsonl"
+        self._file = MetricsFile(metrics_dir / f"{topology.token(record.job)}.jsonl")
         self._bus = node.bus
         self._jobs = node.bus.table(topology.JOB_RECORDS)
         self._runs = node.bus.table(topology.RUNS)
@@ -116,20 +117,21 @@ class Records:
         await self._runs.create(self.record.run, record)
 
     async def stepped(self, row: StepReport) -> None:
-        """Tell of a step."""
+        """Count a step, and tell of it."""
         self._metrics.stepped(self.job, row)
-        self._append({"kind": "step", **msgspec.to_builtins(row)})
-        event = JobProgressed(job=self.job, step=row.step, steps=self.spec.algorithm.steps, report=row)
-        await self._tell(topology.JOB_PROGRESS, event, f"{self.job}/step/{row.step}")
+        await self._tell_step(row)
 
     async def evaluated(self, evaluation: Evaluation) -> None:
-        """Tell of an evaluation."""
+        """Count an evaluation, and tell of it."""
         self._metrics.evaluated(self.job, evaluation)
-        self._append({"kind": "evaluation", **msgspec.to_builtins(evaluation)})
-        event = JobProgressed(
-            job=self.job, step=evaluation.step, steps=self.spec.algorithm.steps, evaluation=evaluation
-        )
-        await self._tell(topology.JOB_PROGRESS, event, f"{self.job}/evaluation/{evaluation.step}")
+        await self._tell_evaluation(evaluation)
+
+    async def tell_again(self) -> None:
+        """Tell what was written down last, unless it was told: whoever wrote it may have died in between."""
+        if self.record.last is not None:
+            await self._tell_step(self.record.last)
+        if self.record.evaluations:
+            await self._tell_evaluation(self.record.evaluations[-1])
 
     def place_of(self, published: PolicyRecord) -> str:
         """Where a policy's files lie, for people."""
@@ -175,17 +177,20 @@ class Records:
             if entry.value.snapshot is not None:
                 await self._node.blobs.delete(entry.value.snapshot.state.key)
 
+    async def _tell_step(self, row: StepReport) -> None:
+        self._file.append("step", row)
+        event = JobProgressed(job=self.job, step=row.step, steps=self.spec.algorithm.steps, report=row)
+        await self._tell(topology.JOB_PROGRESS, event, f"{self.job}/step/{row.step}")
+
+    async def _tell_evaluation(self, evaluation: Evaluation) -> None:
+        self._file.append("evaluation", evaluation)
+        steps = self.spec.algorithm.steps
+        event = JobProgressed(job=self.job, step=evaluation.step, steps=steps, evaluation=evaluation)
+        await self._tell(topology.JOB_PROGRESS, event, f"{self.job}/evaluation/{evaluation.step}")
+
     async def _tell(self, channel: topology.Channel[Any], event: Any, msg_id: str) -> None:
         """Publish an event. A job does not stop because nobody can be told of it."""
         try:
             await self._node.bus.publish(channel, event, msg_id=msg_id, job=self.job)
         except MeshError as error:
             log.warning("event of job %s was not published: %s", self.job, error)
-
-    def _append(self, row: dict[str, Any]) -> None:
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("ab") as file:
-                file.write(msgspec.json.encode(row) + b"\n")
-        except OSError as error:
-            log.warning("metrics of job %s cannot be written to %s: %s", self.job, self._file, error.strerror)

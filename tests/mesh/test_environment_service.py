@@ -293,18 +293,21 @@ async def test_what_is_worth_trying_again_is_tried_again(bus: Bus, environments:
 
 
 async def test_a_group_that_never_works_comes_back_failed_after_its_last_delivery(
-    bus: Bus, environments: Started
+    bus: Bus, nats_server: NatsServer, tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert await failed(bus, group("flaky", params={"failures": 99})) == "server: the data base is away"
-    assert len(plugin_samples.tries) == topology.GROUP_PLAYERS.max_deliver
-    (letter,) = await messages(bus, topology.DEAD_LETTERS)
+    players = dataclasses.replace(topology.GROUP_PLAYERS, temporary_deliveries=5)
+    monkeypatch.setattr(topology, "GROUP_PLAYERS", players)
+    async with service(nats_server, tmp_path, tokenizer):
+        assert await failed(bus, group("flaky", params={"failures": 99})) == "server: the data base is away"
+        (letter,) = await messages(bus, topology.DEAD_LETTERS)
+    assert len(plugin_samples.tries) == players.temporary_deliveries
     assert letter.reason == "the data base is away"
 
 
 async def test_a_service_that_stops_in_the_last_delivery_says_so(
     bus: Bus, nats_server: NatsServer, tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(topology, "GROUP_PLAYERS", dataclasses.replace(topology.GROUP_PLAYERS, max_deliver=1))
+    monkeypatch.setattr(topology, "GROUP_PLAYERS", dataclasses.replace(topology.GROUP_PLAYERS, temporary_deliveries=1))
     async with service(nats_server, tmp_path, tokenizer) as (running_service, _):
         await publish(bus, group("slow_task"))
         async with asyncio.timeout(10):

@@ -16,13 +16,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from services.coordinator.records import Records
 from services.environment.config import EnvironmentConfig
 from services.environment.service import EnvironmentService
 from services.reward.config import RewardConfig
 from services.reward.service import RewardService
 from shared import topology
 from shared.bus import Bus
-from shared.contracts.jobs import FINISHED, ControlJob, JobAnswer, JobRecord, SubmitJob
+from shared.contracts.jobs import FINISHED, ControlJob, JobAnswer, JobRecord, StepReport, SubmitJob
 from shared.process import running
 from tests.mesh.harness import MODEL, Place, eventually
 
@@ -215,6 +216,12 @@ async def test_a_job_is_cancelled_paused_and_resumed(place: Place, bus: Bus) -> 
 
 
 async def test_a_coordinator_that_comes_back_goes_on_where_it_was(place: Place, bus: Bus) -> None:
+    """The first one is stopped after it wrote down step 2, and before it told anybody."""
+    tell = Records._tell_step
+
+    async def tell_of_one(records: Records, row: StepReport) -> None:
+        await (tell(records, row) if row.step < 2 else asyncio.Event().wait())
+
     spec = job(algorithm={"steps": 8, "group_size": 4, "groups_per_step": 2, "learning_rate": 0.02})
     models = {MODEL: str(place.model_dir)}
     async with (
@@ -223,21 +230,25 @@ async def test_a_coordinator_that_comes_back_goes_on_where_it_was(place: Place, 
         place.sampler(),
         place.trainer(),
     ):
-        async with place.coordinator():
-            answer = await submit(bus, spec)
-            assert answer.job is not None
-            jobs = bus.table(topology.JOB_RECORDS)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Records, "_tell_step", tell_of_one)
+            async with place.coordinator():
+                answer = await submit(bus, spec)
+                assert answer.job is not None
+                jobs = bus.table(topology.JOB_RECORDS)
 
-            async def some_steps() -> bool | None:
-                entry = await jobs.get(answer.job or "")
-                return True if entry and entry.value.step >= 2 else None
+                async def some_steps() -> bool | None:
+                    entry = await jobs.get(answer.job or "")
+                    return True if entry and entry.value.step >= 2 else None
 
-            await eventually(some_steps, 60)
+                await eventually(some_steps, 60)
         async with place.coordinator(replica="coordinator-2"):
             record = await ended(bus, answer.job)
             table = await rows(bus, record.job)
     assert record.phase == "succeeded"
-    assert [row["step"] for row in table] == list(range(1, 9)), "every step was done once"
+    assert [row["step"] for row in table] == list(range(1, 9)), "every step was told of, and once"
+    lines = map(json.loads, (place.directory / "jobs" / f"{record.job}.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 9))
 
 
 async def test_groups_with_equal_rewards_are_skipped_and_counted(place: Place, bus: Bus) -> None:

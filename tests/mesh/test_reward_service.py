@@ -199,8 +199,10 @@ async def test_a_group_without_episodes_checks_the_reward_alone(bus: Bus, reward
 
 
 async def test_a_group_that_can_never_be_scored_comes_back_failed_after_its_last_delivery(
-    bus: Bus, rewards: Started, monkeypatch: pytest.MonkeyPatch
+    bus: Bus, nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    scorers = dataclasses.replace(topology.GROUP_SCORERS, temporary_deliveries=5)
+    monkeypatch.setattr(topology, "GROUP_SCORERS", scorers)
     tries = 0
 
     async def no_process(*_: Any) -> None:
@@ -209,15 +211,16 @@ async def test_a_group_that_can_never_be_scored_comes_back_failed_after_its_last
         raise TemporaryError("no more processes", delay=0.01)
 
     monkeypatch.setattr(processes.Processes, "_next", no_process)
-    back = await scored(bus, group("numeric", episode("17")))
+    async with running("reward", config(nats_server, tmp_path), build):
+        back = await scored(bus, group("numeric", episode("17")))
     assert back.failure == Failure(message="no more processes", kind="server")
-    assert tries == topology.GROUP_SCORERS.max_deliver
+    assert tries == scorers.temporary_deliveries
 
 
 async def test_a_service_that_stops_in_the_last_delivery_says_so(
     bus: Bus, nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(topology, "GROUP_SCORERS", dataclasses.replace(topology.GROUP_SCORERS, max_deliver=1))
+    monkeypatch.setattr(topology, "GROUP_SCORERS", dataclasses.replace(topology.GROUP_SCORERS, temporary_deliveries=1))
     async with running("reward", config(nats_server, tmp_path), build) as (service, _):
         await publish(bus, group("obedient", episode("hang")))
         async with asyncio.timeout(10):
