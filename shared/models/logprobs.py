@@ -7,6 +7,7 @@ applied to a chunk of rows at a time, forward and backward, before the next chun
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,16 +30,17 @@ def unembedding(model: PreTrainedModel) -> Unembed:
 def target_logprobs(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     """Return log softmax(logits)[rows, targets] in fp32, [n]; several pairs may name one row.
 
-    logits is [rows, vocabulary], `rows` and `targets` are int64 [n]. Logits in fp32 are destroyed, so nothing else may
-    use them, and the backward pass can run only once.
+    logits is [rows, vocabulary], `rows` and `targets` are int64 [n]. Logits may be destroyed, so nothing else may use
+    them, and the backward pass can run only once.
     """
-    return _TargetLogprobs.apply(logits, rows, targets)  # type: ignore[no-any-return, no-untyped-call]
+    function = _Fused if logits.is_cuda else _InPlace
+    return function.apply(logits, rows, targets)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _TargetLogprobs(torch.autograd.Function):
+class _InPlace(torch.autograd.Function):
     """Turns the logits into probabilities and those into the gradient, all in one place.
 
-    Fresh memory of this size costs more than the arithmetic on it, and exponentials are computed once.
+    On a CPU fresh memory of this size costs more than the arithmetic on it, and exponentials are computed once.
     """
 
     @staticmethod
@@ -61,3 +63,37 @@ class _TargetLogprobs(torch.autograd.Function):
         out: Tensor = scores.mul_(-by_row[:, None])
         out.index_put_((rows, targets), grad, accumulate=True)
         return out.to(ctx.dtype), None, None
+
+
+class _Fused(torch.autograd.Function):
+    """Reads the logits twice forward and once backward, in compiled kernels, whatever the number of operations.
+
+    On a GPU memory traffic is what counts, and exponentials are cheap enough to be computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        total = _log_totals()(logits)
+        ctx.save_for_backward(logits, total, rows, targets)
+        return logits[rows, targets].float() - total[rows]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, total, rows, targets = ctx.saved_tensors
+        by_row = torch.zeros_like(total).index_add_(0, rows, grad)
+        out = _softmax_gradient()(logits, total, by_row)
+        out.index_put_((rows, targets), grad.to(out.dtype), accumulate=True)
+        return out, None, None
+
+
+@cache
+def _log_totals() -> Callable[[Tensor], Tensor]:
+    return torch.compile(lambda logits: torch.logsumexp(logits.float(), dim=-1), dynamic=True)
+
+
+@cache
+def _softmax_gradient() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def gradient(logits: Tensor, total: Tensor, by_row: Tensor) -> Tensor:
+        return (-by_row[:, None] * torch.exp(logits.float() - total[:, None])).to(logits.dtype)
+
+    return torch.compile(gradient, dynamic=True)

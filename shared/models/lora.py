@@ -11,6 +11,7 @@ import math
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -64,10 +65,18 @@ class Adapter:
         """The factor alpha / rank before B A."""
         return self.spec.alpha / self.spec.rank
 
+    @cached_property
+    def places(self) -> list[tuple[str, int]]:
+        """Path of the module, and 0 for A or 1 for B, of each tensor: all layers of one matrix are neighbours."""
+        by_name: dict[str, list[str]] = {}
+        for path in self.weights:
+            by_name.setdefault(path.rpartition(".")[2], []).append(path)
+        return [(path, which) for paths in by_name.values() for which in (0, 1) for path in paths]
+
     def tensors(self) -> Iterator[Tensor]:
-        """Yield A and B of every module, in the order of the model."""
-        for pair in self.weights.values():
-            yield from pair
+        """Yield A and B of every module, in the order of `places`."""
+        for path, which in self.places:
+            yield self.weights[path][which]
 
     @property
     def trainable(self) -> bool:

@@ -152,8 +152,17 @@ def fill_passes(trees: Sequence[Tree], max_rows: int) -> Iterator[list[Tree]]:
         yield batch
 
 
-def pack(trees: Sequence[Tree], sequences: dict[int, array[int]], device: torch.device | str = "cpu") -> Packed:
-    """Lay out trees one behind the other. Trees of one run should be neighbours, so that it has one segment."""
+def pack(
+    trees: Sequence[Tree],
+    sequences: dict[int, array[int]],
+    device: torch.device | str = "cpu",
+    *,
+    masks: bool = True,
+) -> Packed:
+    """Lay out trees one behind the other. Trees of one run should be neighbours, so that it has one segment.
+
+    Without `masks` there are no blocks: the layout is for `shared.models.varlen`.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     rows: dict[int, Tensor] = {}
@@ -167,7 +176,8 @@ def pack(trees: Sequence[Tree], sequences: dict[int, array[int]], device: torch.
             path = rows[branch.sequence] = torch.cat((path[: branch.shared], new))
             tokens.extend(sequences[branch.sequence][branch.shared :])
             positions.extend(range(branch.shared, branch.length))
-        blocks.append(Block(start, len(tokens), _mask(tree, start, rows, device)))
+        if masks:
+            blocks.append(Block(start, len(tokens), _mask(tree, start, rows, device)))
         _extend(segments, tree.run, start, len(tokens))
     return Packed(
         tokens=torch.tensor(tokens, device=device),

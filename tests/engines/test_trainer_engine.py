@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from services.trainer.engines import passes
+from services.trainer.engines import body
 from services.trainer.engines.base import PassItem
 from services.trainer.engines.torch_engine import TorchTrainerEngine
 from shared.contracts.arrays import Float32s
@@ -119,7 +119,7 @@ def test_tokens_without_a_gradient_take_no_backward_pass(model: Path, monkeypatc
     data = some_data(3, "ppo", count=4)
     still = [replaced(datum, advantages=Float32s([0.0] * len(datum.tokens))) for datum in data[:2]]
     graded: list[bool] = []
-    monkeypatch.setattr(passes, "hidden_states", seeing(lambda _: graded.append(torch.is_grad_enabled())))
+    monkeypatch.setattr(body, "hidden_states", seeing(lambda _: graded.append(torch.is_grad_enabled())))
     outcome = good(*engine.forward_backward([PassItem("run", [*still, *data[2:]], LossSpec(name="ppo"))]))
     assert graded == [True, False]
     assert all(value < 0 for logprobs in outcome.logprobs for value in logprobs)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.trainer.engines import passes, run_state
+from services.trainer.engines import body, passes, run_state
 from services.trainer.engines.base import PassItem
 from services.trainer.engines.torch_engine import TorchTrainerEngine
 from shared.contracts.arrays import Float32s, Int32s
@@ -204,7 +204,7 @@ def test_memory_that_runs_out_splits_the_pass_down_to_single_sequences(
         if len(packed.tokens) > most:
             raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(passes, "hidden_states", seeing(cramped))
+    monkeypatch.setattr(body, "hidden_states", seeing(cramped))
     items = [PassItem("run", data, LossSpec(name="ppo"))]
     items.append(PassItem("long", [longest(most + 1)], LossSpec(name="cross_entropy")))
     fits, does_not = engine.forward_backward(items)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.trainer.engines import passes
+from services.trainer.engines import body
 from services.trainer.engines.base import PassItem, PassOutcome
 from services.trainer.engines.torch_engine import TorchTrainerEngine
 from shared.contracts.arrays import Int32s
@@ -55,9 +55,8 @@ def named_gradient(engine: TorchTrainerEngine, run: str) -> dict[str, Tensor]:
     state = engine._states[run]
     pieces = iter(torch.split(gradient(engine, run), [tensor.numel() for tensor in state.adapter.tensors()]))
     return {
-        f"base_model.model.{path}.lora_{name}.weight": next(pieces).view_as(tensor)
-        for path, pair in state.adapter.weights.items()
-        for name, tensor in zip("AB", pair, strict=True)
+        f"base_model.model.{path}.lora_{'AB'[which]}.weight": next(pieces).view_as(state.adapter.weights[path][which])
+        for path, which in state.adapter.places
     }
 
 
@@ -105,7 +104,7 @@ def seeing(look: Callable[[Packed], object]) -> Callable[..., Tensor]:
 def watch_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows by the rows of every part computed."""
     rows: list[int] = []
-    monkeypatch.setattr(passes, "hidden_states", seeing(lambda packed: rows.append(len(packed.tokens))))
+    monkeypatch.setattr(body, "hidden_states", seeing(lambda packed: rows.append(len(packed.tokens))))
     return rows
 
 

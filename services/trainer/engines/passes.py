@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from services.trainer.engines.body import Body
 from services.trainer.engines.run_state import RunState
 from services.trainer.engines.work import Chunk, Work
 from shared.errors import PermanentError
-from shared.models.attention import hidden_states
 from shared.models.logprobs import target_logprobs, unembedding
 from shared.models.lora import AdapterBank
-from shared.models.packing import Packed, Tree, fill_passes, grow_trees, pack
+from shared.models.packing import Tree, fill_passes, grow_trees, pack
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,14 @@ class PassSettings:
     """Most tokens in one part, after sharing; a longer sequence gets a part of its own."""
     head_rows: int
     """Most rows whose logits are held at a time."""
-    pairs_per_token: int | None
-    """Given to `grow_trees`: when prefixes are shared. None: never."""
 
 
 class PassRunner:
     """Computes `Work` on one model."""
 
-    def __init__(self, model: PreTrainedModel, bank: AdapterBank, settings: PassSettings) -> None:
-        self._model, self._bank, self._settings = model, bank, settings
+    def __init__(self, body: Body, model: PreTrainedModel, bank: AdapterBank, settings: PassSettings) -> None:
+        """`body` computes the layers of `model`, `bank` has the adapters of its unembedding."""
+        self._body, self._bank, self._settings = body, bank, settings
         self._unembed = unembedding(model)
 
     def run(self, work: Work, states: Mapping[str, RunState]) -> None:
@@ -54,10 +53,8 @@ class PassRunner:
         for run, indices in work.sequences_by_run():
             for backward in (True, False):
                 chosen = {i: work.sequences[i] for i in indices if bool(work.moves[work.span(i)].any()) == backward}
-                settings = self._settings
-                for tree in grow_trees(
-                    run, chosen, max_rows=settings.max_rows, pairs_per_token=settings.pairs_per_token
-                ):
+                most, shared = self._settings.max_rows, self._body.pairs_per_token
+                for tree in grow_trees(run, chosen, max_rows=most, pairs_per_token=shared):
                     yield tree, backward
 
     def _split_until_it_fits(
@@ -80,51 +77,48 @@ class PassRunner:
     def _fits(self, work: Work, states: Mapping[str, RunState], trees: list[Tree], *, backward: bool) -> bool:
         present = {str(tree.run): states[str(tree.run)] for tree in trees}
         try:
-            with torch.set_grad_enabled(backward):
-                self._compute(work, trees, backward=backward)
+            self._compute(work, trees, present, backward=backward)
+            gradients = self._body.gradients(present) if backward else {}
         except torch.OutOfMemoryError:
-            for state in present.values():
-                state.forget_gradient()
+            self._body.forget(present)
             return False
-        if backward:
-            for run, state in present.items():
-                gradient = state.take_gradient()
-                work.gradients[run] = work.gradients[run].add_(gradient) if run in work.gradients else gradient
+        for run, gradient in gradients.items():
+            work.gradients[run] = work.gradients[run].add_(gradient) if run in work.gradients else gradient
         return True
 
-    def _compute(self, work: Work, trees: list[Tree], *, backward: bool) -> None:
-        packed = pack(trees, work.sequences, work.targets.device)
-        with self._bank.use(packed.segments):
-            hidden = hidden_states(self._model, packed)
+    def _compute(self, work: Work, trees: list[Tree], states: Mapping[str, RunState], *, backward: bool) -> None:
+        packed = pack(trees, work.sequences, work.targets.device, masks=self._body.masks)
+        # Cut before anything is launched: sending the cuts to a GPU waits for what runs there.
+        still, moving = (list(work.chunks(packed, self._settings.head_rows, moving=flag)) for flag in (False, True))
+        hidden = self._body.forward(packed, trees, states, backward=backward)
         with torch.no_grad():
-            for chunk in work.chunks(packed, self._settings.head_rows, moving=False):
-                self._predict(work, chunk, hidden)
+            for chunk in still:
+                self._predict(work, chunk, hidden.index_select(0, chunk.rows))
         if backward:
-            self._backward(work, packed, hidden)
+            self._backward(work, moving, hidden)
 
     def _predict(self, work: Work, chunk: Chunk, hidden: Tensor) -> Tensor:
-        """Write the chunk's log-probabilities down; return them too, [pairs], still differentiable."""
-        device = hidden.device
+        """Write the log-probabilities of a chunk down, whose rows are given; return them, [pairs], differentiable."""
         with self._bank.use(chunk.row_segments):
-            logits = self._unembed(hidden[chunk.rows.to(device)])
-        places = chunk.places.to(device)
-        logprobs = target_logprobs(logits, chunk.local.to(device), work.targets[places])
-        work.logprobs[places] = logprobs.detach()
+            logits = self._unembed(hidden)
+        logprobs = target_logprobs(logits, chunk.local, work.targets[chunk.places])
+        work.logprobs[chunk.places] = logprobs.detach()
         return logprobs
 
-    def _backward(self, work: Work, packed: Packed, hidden: Tensor) -> None:
+    def _backward(self, work: Work, chunks: list[Chunk], hidden: Tensor) -> None:
         """Go back chunk by chunk to the hidden states, then once through the layers."""
-        ends = hidden.detach().requires_grad_(hidden.requires_grad)
-        for chunk in work.chunks(packed, self._settings.head_rows, moving=True):
-            logprobs = self._predict(work, chunk, ends)
-            given = work.given[chunk.places.to(hidden.device)]
+        gradient = torch.zeros_like(hidden)
+        for chunk in chunks:
+            rows = hidden.index_select(0, chunk.rows).requires_grad_()
+            logprobs = self._predict(work, chunk, rows)
+            given = work.given[chunk.places]
             losses = [
                 work.batches[run].loss.per_token(logprobs[pairs], given[pairs]).sum()
                 for run, pairs in chunk.pair_segments
             ]
             torch.autograd.backward(torch.stack(losses).sum())
-        if hidden.requires_grad:
-            torch.autograd.backward(hidden, ends.grad)
+            gradient.index_copy_(0, chunk.rows, rows.grad)  # type: ignore[arg-type]
+        self._body.backward(gradient)
 
 
 def _halves(trees: list[Tree]) -> list[list[Tree]] | None:

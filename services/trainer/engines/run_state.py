@@ -64,9 +64,9 @@ class RunState:
 
 def _views(adapter: Adapter, vector: Tensor) -> Adapter:
     """Return the adapter with its tensors replaced by views of `vector`."""
-    pieces = iter(torch.split(vector, [tensor.numel() for tensor in adapter.tensors()]))
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for path, pair in adapter.weights.items():
-        a, b = (next(pieces).view_as(tensor).requires_grad_() for tensor in pair)
-        pairs[path] = (a, b)
-    return Adapter(adapter.spec, pairs)
+    pieces = torch.split(vector, [tensor.numel() for tensor in adapter.tensors()])
+    views = {
+        (path, which): piece.view_as(adapter.weights[path][which]).requires_grad_()
+        for (path, which), piece in zip(adapter.places, pieces, strict=True)
+    }
+    return Adapter(adapter.spec, {path: (views[path, 0], views[path, 1]) for path in adapter.weights})

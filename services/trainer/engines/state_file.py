@@ -21,7 +21,7 @@ from shared.contracts.policies import LoraSpec
 from shared.errors import PermanentError
 from shared.models.lora import Adapter
 
-FORMAT = "openrl-mesh trainer state 1"
+FORMAT = "openrl-mesh trainer state 2"
 
 
 def write_state(state: RunState, base_model: str) -> bytes:

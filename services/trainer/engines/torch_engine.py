@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from array import array
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 
 from services.trainer.engines.base import PassItem, PassOutcome, StepOutcome
 from services.trainer.engines.batch import Batch, Limits, check_batch
+from services.trainer.engines.body import AdaptedModel, Body
+from services.trainer.engines.fused.layers import FusedLayers, FusedOptions, supported
 from services.trainer.engines.passes import PassRunner, PassSettings
 from services.trainer.engines.run_state import RunState
 from services.trainer.engines.state_file import read_state, write_state
@@ -42,14 +45,16 @@ class TorchTrainerEngine:
         max_pass_tokens: int | None = None,
         max_logits: int | None = None,
         share_prefixes: bool = True,
+        fused: FusedOptions | None = None,
     ) -> None:
         """Serve runs of `base_model`, the name that they ask for.
 
         `model` is loaded already, or a directory or hub name to be loaded on `device` in `dtype` (see `load_base`).
         `max_pass_tokens` bounds the tokens that go through the model at a time; None: 8192 on CUDA, 1024 elsewhere.
         `max_logits` bounds the logits held at a time; None: 2**28 on CUDA, 2**24 elsewhere. Both only cut the work:
-        results do not depend on them. `share_prefixes` computes common beginnings of a run's sequences once. Raise
-        `UserError` if the model cannot be loaded.
+        results do not depend on them. `share_prefixes` computes common beginnings of a run's sequences once. With
+        `fused` the layers are computed by our own functions, if they serve the model's family; otherwise, and with
+        None, by the model's modules. Raise `UserError` if the model cannot be loaded.
         """
         self._base_model = base_model
         self._model = model if isinstance(model, PreTrainedModel) else load_base(model, device=device, dtype=dtype)
@@ -62,11 +67,16 @@ class TorchTrainerEngine:
         settings = PassSettings(
             max_rows=max_pass_tokens or (8192 if cuda else 1024),
             head_rows=max(1, (max_logits or 2 ** (28 if cuda else 24)) // vocabulary),
-            # Measured with SmolLM2-135M (hidden 576) on a CPU: a token costs as much as about 1,100 attention pairs.
-            pairs_per_token=2 * config.hidden_size if share_prefixes else None,
         )
-        self._runner = PassRunner(self._model, self._bank, settings)
+        self._runner = PassRunner(self._body(fused, share_prefixes=share_prefixes), self._model, self._bank, settings)
         self._states: dict[str, RunState] = {}
+
+    def _body(self, fused: FusedOptions | None, *, share_prefixes: bool) -> Body:
+        if fused is not None and supported(self._model):
+            return FusedLayers(self._model, dataclasses.replace(fused, share_prefixes=share_prefixes))
+        # Measured with SmolLM2-135M (hidden 576) on a CPU: a token costs as much as about 1,100 attention pairs.
+        pairs = 2 * self._model.config.hidden_size if share_prefixes else None
+        return AdaptedModel(self._model, self._bank, pairs)
 
     @property
     def base_model(self) -> str:

@@ -36,6 +36,11 @@ class Chunk:
     pair_segments: list[tuple[str, slice]]
     """Run and its pairs."""
 
+    def to(self, device: torch.device) -> Chunk:
+        """Return it with its tensors on another device."""
+        rows, local, places = (tensor.to(device) for tensor in (self.rows, self.local, self.places))
+        return Chunk(rows, local, places, self.row_segments, self.pair_segments)
+
 
 class Work:
     """What one call computes, and where its results gather."""
@@ -82,7 +87,8 @@ class Work:
         places = places[chosen]
         for first in range(0, len(unique), most):
             inside = (local >= first) & (local < first + most)
-            yield _chunk(packed, unique[first : first + most], local[inside] - first, places[inside])
+            chunk = _chunk(packed, unique[first : first + most], local[inside] - first, places[inside])
+            yield chunk.to(self.targets.device)
 
 
 def _chunk(packed: Packed, rows: Tensor, local: Tensor, places: Tensor) -> Chunk:

@@ -1,0 +1,110 @@
+"""The adapters of the runs of a pass, stacked so that one grouped product serves them all.
+
+For each kind of projection there is A [layers, runs, parts * rank, in] and B [layers, runs, out, parts * rank], in the
+model's dtype. Ranks are filled up with zeros to a common one, and B is zero where a part's outputs meet another part's
+rank, so a joined projection with its adapters is again one product. B holds the factor alpha / rank.
+
+A run's own fp32 vector keeps all layers of one matrix together (`Adapter.places`), so that moving a run in or out takes
+a few strided copies, however many layers there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from services.trainer.engines.fused.layer import Stack
+from services.trainer.engines.fused.projections import KindShape
+from services.trainer.engines.run_state import RunState
+from shared.models.lora import Adapter
+
+RANKS = (8, 16, 32, 64, 128)
+"""Ranks of stacks: multiples of 8, as grouped products need."""
+
+
+def stack_rank(ranks: Sequence[int]) -> int:
+    """Return the rank of a stack that holds these."""
+    return next(rank for rank in RANKS if rank >= max(ranks))
+
+
+class Stacks:
+    """Stacks for up to `places` runs."""
+
+    def __init__(
+        self, shapes: Sequence[KindShape], layers: int, places: int, rank: int, like: Tensor, *, gradients: bool = True
+    ) -> None:
+        """`like` has the model's dtype and device."""
+        self.places, self.rank = places, rank
+        self._shapes, self._layers = shapes, layers
+        self._a = [like.new_zeros(layers, places, len(s.outputs) * rank, s.inputs) for s in shapes]
+        self._b = [like.new_zeros(layers, places, sum(s.outputs), len(s.outputs) * rank) for s in shapes]
+        self.leaves: list[tuple[Stack, ...]] = [
+            tuple(
+                (a[layer].requires_grad_(gradients), b[layer].requires_grad_(gradients))
+                for a, b in zip(self._a, self._b, strict=True)
+            )
+            for layer in range(layers)
+        ]
+        """For each layer the stack of each kind, as the leaves of a pass."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every leaf: layer by layer, kind by kind, A and B."""
+        return [tensor for layer in self.leaves for stack in layer for tensor in stack]
+
+    @torch.no_grad()
+    def fill(self, states: Sequence[RunState]) -> None:
+        """Put the runs' weights in, in this order; places that stay free hold zeros."""
+        for tensor in (*self._a, *self._b):
+            tensor.zero_()
+        for place, state in enumerate(states):
+            for ours, theirs, scale in self._blocks(self._a, self._b, place, state.adapter, state.weights):
+                ours.copy_(theirs * scale if scale != 1.0 else theirs)
+
+    @torch.no_grad()
+    def gradients(self, leaves: Sequence[Tensor], states: Sequence[RunState]) -> list[Tensor]:
+        """Return each run's gradient as a vector like its weights, from the gradients of `tensors`."""
+        count = 2 * len(self._shapes)
+        a, b = (
+            [torch.stack([leaves[layer * count + 2 * kind + which] for layer in range(self._layers)])
+             for kind in range(len(self._shapes))]
+            for which in (0, 1)
+        )  # fmt: skip
+        vectors = []
+        for place, state in enumerate(states):
+            vector = torch.zeros_like(state.weights)
+            for theirs, ours, scale in self._blocks(a, b, place, state.adapter, vector):
+                ours.copy_(theirs).mul_(scale)
+            vectors.append(vector)
+        return vectors
+
+    def _blocks(
+        self, a: Sequence[Tensor], b: Sequence[Tensor], place: int, adapter: Adapter, vector: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Yield pairs of views, [layers, ...], of the stacks and of a run's vector, and the factor of the first."""
+        rank = adapter.spec.rank
+        spans = _spans(adapter)
+        for shape, stack_a, stack_b in zip(self._shapes, a, b, strict=True):
+            for part, (name, first, size) in enumerate(zip(shape.kind.parts, shape.starts, shape.outputs, strict=True)):
+                if name not in spans:
+                    continue
+                span_a, span_b = (vector[span].view(self._layers, -1) for span in spans[name])
+                column = part * self.rank
+                yield stack_a[:, place, column : column + rank], span_a.view(-1, rank, shape.inputs), 1.0
+                block = stack_b[:, place, first : first + size, column : column + rank]
+                yield block, span_b.view(-1, size, rank), adapter.scale
+
+
+def _spans(adapter: Adapter) -> dict[str, tuple[slice, slice]]:
+    """Return for each matrix, by its last name, where A and B of all layers lie in the run's vector."""
+    ends: dict[tuple[str, int], int] = {}
+    place = 0
+    for path, which in adapter.places:
+        place += adapter.weights[path][which].numel()
+        ends[path.rpartition(".")[2], which] = place
+    starts = [0, *ends.values()]
+    spans = {key: slice(*edges) for key, edges in zip(ends, pairwise(starts), strict=True)}
+    return {name: (spans[name, 0], spans[name, 1]) for name, which in ends if which == 0}

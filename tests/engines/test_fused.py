@@ -1,0 +1,114 @@
+"""The fused layers compute what the model's own modules compute: hidden states and every run's gradient."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from services.trainer.engines.body import AdaptedModel, Body
+from services.trainer.engines.fused.layer import FAMILIES
+from services.trainer.engines.fused.layers import FusedLayers, FusedOptions, supported
+from services.trainer.engines.run_state import RunState
+from shared.contracts.policies import LoraSpec
+from shared.models.loading import load_base
+from shared.models.lora import Adapter, AdapterBank
+from shared.models.packing import Tree, grow_trees, pack
+from tests.engines.tiny import VOCABULARY, make_tiny_model
+from tests.engines.training import close
+
+SPECS = {
+    "a": LoraSpec(rank=4, seed=1),
+    "b": LoraSpec(rank=32, seed=2, train_attn=False, alpha=16),
+    "c": LoraSpec(rank=9, seed=3, train_mlp=False),
+}
+
+
+def states(model: PreTrainedModel, names: str) -> dict[str, RunState]:
+    """Runs in the middle of their training: B is not zero."""
+    made = {}
+    for number, name in enumerate(names):
+        state = RunState(Adapter.fresh(model, SPECS[name]))
+        noise = torch.randn(state.weights.shape, generator=torch.Generator().manual_seed(number))
+        state.weights.add_(noise, alpha=0.05)
+        made[name] = state
+    return made
+
+
+def sequences(count: int, *, prefix: int = 0) -> dict[int, array[int]]:
+    generator = torch.Generator().manual_seed(count)
+    begin = torch.randint(VOCABULARY, (prefix,), generator=generator).tolist()
+    lengths = torch.randint(1, 40, (count,), generator=generator).tolist()
+    bodies = (torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths)
+    return {index: array("i", begin + body) for index, body in enumerate(bodies)}
+
+
+def computed(body: Body, runs: Mapping[str, RunState], data: dict[int, array[int]], size: int) -> dict[str, Tensor]:
+    """Return by name each sequence's hidden states and each run's gradient of a fixed function of them."""
+    trees: list[Tree] = []
+    for number, run in enumerate(runs):
+        part = {index: tokens for index, tokens in data.items() if index % len(runs) == number}
+        trees += grow_trees(run, part, max_rows=4096, pairs_per_token=body.pairs_per_token)
+    packed = pack(trees, data, masks=body.masks)
+    hidden = body.forward(packed, trees, runs, backward=True)
+    found = {str(index): hidden[packed.rows[index]].clone() for index in sorted(data)}
+    gradient = torch.zeros_like(hidden)
+    for index, tokens in data.items():  # the same for each sequence, however it is laid out
+        wish = torch.randn(len(tokens), size, generator=torch.Generator().manual_seed(index))
+        gradient.index_add_(0, packed.rows[index], wish)
+    body.backward(gradient)
+    return found | body.gradients(runs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("names", "prefix"), [("a", 0), ("abc", 0), ("ab", 30)])
+def test_hidden_states_and_gradients_are_those_of_the_models_own_modules(
+    tmp_path: Path, family: str, names: str, prefix: int
+) -> None:
+    model = load_base(make_tiny_model(tmp_path / family, family=family))
+    data = sequences(6, prefix=prefix)
+    size = model.config.hidden_size
+    bank, runs = AdapterBank(model), states(model, names)
+    for name, state in runs.items():
+        bank.add(name, state.adapter)
+    plain = computed(AdaptedModel(model, bank, None), runs, data, size)
+    assert supported(model)
+    fused = FusedLayers(model, FusedOptions())
+    ours = computed(fused, states(model, names), data, size)
+    again = computed(fused, states(model, names), data, size)
+    assert ours.keys() == plain.keys()
+    for name, tensor in plain.items():
+        assert close(ours[name], tensor), name
+        assert torch.equal(ours[name], again[name]), "nothing is left from the pass before"
+
+
+def test_recomputing_activations_changes_nothing(tmp_path: Path) -> None:
+    model = load_base(make_tiny_model(tmp_path / "llama"))
+    data = sequences(4)
+    kept, recomputed = (
+        computed(FusedLayers(model, FusedOptions(recompute_rows=limit)), states(model, "ab"), data, 32)
+        for limit in (None, 10)
+    )
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+def test_the_model_keeps_its_weights_under_their_names(tmp_path: Path) -> None:
+    model = load_base(make_tiny_model(tmp_path / "qwen2", family="qwen2"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    FusedLayers(model, FusedOptions())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    attention = model.get_submodule("model.layers.0.self_attn")
+    storages = {getattr(attention, f"{name}_proj").weight.untyped_storage().data_ptr() for name in "qkv"}
+    assert len(storages) == 1, "nothing is held twice"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_families_with_other_layers_are_left_to_their_own_modules(tmp_path: Path, family: str) -> None:
+    assert not supported(load_base(make_tiny_model(tmp_path / family, family=family)))
