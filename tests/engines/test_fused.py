@@ -54,15 +54,16 @@ def computed(body: Body, runs: Mapping[str, RunState], data: dict[int, array[int
     for number, run in enumerate(runs):
         part = {index: tokens for index, tokens in data.items() if index % len(runs) == number}
         trees += grow_trees(run, part, max_rows=4096, pairs_per_token=body.pairs_per_token)
-    packed = pack(trees, data, masks=body.masks)
+    packed = pack(trees, data, next(iter(runs.values())).weights.device, masks=body.masks)
     hidden = body.forward(packed, trees, runs, backward=True)
-    found = {str(index): hidden[packed.rows[index]].clone() for index in sorted(data)}
+    rows = {index: path.to(hidden.device) for index, path in packed.rows.items()}
+    found = {str(index): hidden[rows[index]].float().cpu() for index in sorted(data)}
     gradient = torch.zeros_like(hidden)
     for index, tokens in data.items():  # the same for each sequence, however it is laid out
         wish = torch.randn(len(tokens), size, generator=torch.Generator().manual_seed(index))
-        gradient.index_add_(0, packed.rows[index], wish)
+        gradient.index_add_(0, rows[index], wish.to(gradient))
     body.backward(gradient)
-    return found | body.gradients(runs)
+    return found | {run: vector.cpu() for run, vector in body.gradients(runs).items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
