@@ -99,8 +99,19 @@ class PassRunner:
         with torch.no_grad():
             for chunk in work.chunks(packed, self._settings.head_rows, moving=False):
                 self._predict(work, chunk, hidden)
+            self._compare_sequences(work, packed, hidden)
         if backward:
             self._backward(work, packed, hidden)
+
+    def _compare_sequences(self, work: Work, packed: Packed, hidden: Tensor) -> None:
+        """Give the losses that need whole sequences what they need, before the first chunk of one goes backward.
+
+        Only they pay for it: the unembedding of their rows is computed once more.
+        """
+        if bool(work.compared.any()):
+            for chunk in work.chunks(packed, self._settings.head_rows, moving=True, among=work.compared):
+                self._predict(work, chunk, hidden)
+            work.fill_sequence_ratios(packed.rows)
 
     def _predict(self, work: Work, chunk: Chunk, hidden: Tensor) -> Tensor:
         """Write the chunk's log-probabilities down; return them too, [pairs], still differentiable."""
