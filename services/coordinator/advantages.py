@@ -9,7 +9,8 @@ from statistics import fmean, pstdev
 from shared.contracts.arrays import Float32s, Int32s
 from shared.contracts.episodes import GroupScored, Rollout, Turn
 from shared.contracts.jobs import AlgorithmSpec
-from shared.contracts.training import Datum
+from shared.contracts.training import Datum, LossSpec
+from shared.loss_params import PENALTIES, loss_params
 
 DEVIATION_EPS = 1e-6
 
@@ -38,6 +39,19 @@ def group_advantages(rewards: Sequence[float], *, by_deviation: bool) -> list[fl
     return [(reward - mean) / scale for reward in rewards]
 
 
+def trained_episodes(groups: Sequence[GroupScored]) -> int:
+    """Number of rollouts that a step trains on."""
+    return sum(len(scored(group)) for group in groups if has_signal(group))
+
+
+def training_loss(groups: Sequence[GroupScored], algorithm: AlgorithmSpec) -> LossSpec:
+    """The loss for `training_data`. Its penalties are divided as the advantages are, which they weigh against."""
+    params = loss_params(algorithm.loss, algorithm.loss_params)
+    for name in PENALTIES & params.keys():
+        params[name] /= max(1, trained_episodes(groups))
+    return LossSpec(name=algorithm.loss, params=params)
+
+
 def training_data(groups: Sequence[GroupScored], algorithm: AlgorithmSpec) -> list[Datum]:
     """Data for one step: a datum for each turn of each rollout of the groups that have a signal.
 
@@ -45,9 +59,8 @@ def training_data(groups: Sequence[GroupScored], algorithm: AlgorithmSpec) -> li
     clipping by norm means the same for any batch size.
     """
     data: list[Datum] = []
-    useful = [scored(group) for group in groups if has_signal(group)]
-    episodes = sum(map(len, useful))
-    for rollouts in useful:
+    episodes = trained_episodes(groups)
+    for rollouts in (scored(group) for group in groups if has_signal(group)):
         rewards = [rollout.reward for rollout in rollouts]
         advantages = group_advantages(rewards, by_deviation=algorithm.normalize_by_deviation)
         for rollout, advantage in zip(rollouts, advantages, strict=True):

@@ -22,7 +22,7 @@ from typing import TypeVar
 import msgspec
 
 from services.coordinator import policy
-from services.coordinator.advantages import has_signal, training_data
+from services.coordinator.advantages import has_signal, training_data, training_loss
 from services.coordinator.evaluations import Evaluations
 from services.coordinator.operations import step_operations
 from services.coordinator.records import Records
@@ -270,8 +270,9 @@ class JobDriver:
     def _step_operations(self) -> list[AnyOperation]:
         record = self._records.record
         assert record.plan is not None
-        data = training_data(self._planned(), record.spec.algorithm)
-        return step_operations(record, record.plan.first_seq, data)
+        groups, algorithm = self._planned(), record.spec.algorithm
+        data, loss = training_data(groups, algorithm), training_loss(groups, algorithm)
+        return step_operations(record, record.plan.first_seq, data, loss)
 
     def _planned(self) -> list[GroupScored]:
         plan = self._records.record.plan

@@ -35,8 +35,8 @@ def create_run(record: JobRecord) -> CreateRun:
     )
 
 
-def step_operations(record: JobRecord, first_seq: int, data: Sequence[Datum]) -> list[AnyOperation]:
-    """Train on `data`, if there is any, publish the policy, write the checkpoints that are due.
+def step_operations(record: JobRecord, first_seq: int, data: Sequence[Datum], loss: LossSpec) -> list[AnyOperation]:
+    """Train on `data` with `loss`, if there is any, publish the policy, write the checkpoints that are due.
 
     The first step begins the run; the last one leaves a policy and a checkpoint in any case.
     """
@@ -49,8 +49,6 @@ def step_operations(record: JobRecord, first_seq: int, data: Sequence[Datum]) ->
         return {"run": record.run, "seq": seq, "request_id": request_of(record.job, seq), "owner": record.owner}
 
     if data:
-        algorithm = record.spec.algorithm
-        loss = LossSpec(name=algorithm.loss, params=algorithm.loss_params)
         operations.append(ForwardBackward(**head(), data=list(data), loss=loss))  # type: ignore[arg-type]
         operations.append(OptimStep(**head(), adam=_adam(record)))  # type: ignore[arg-type]
     if data or (last and record.policy is None):

@@ -9,14 +9,10 @@ from typing import Any
 from services.coordinator.policy import reward_names
 from shared import validation
 from shared.contracts.episodes import RewardSpec
-from shared.contracts.jobs import FieldError, JobSpec
+from shared.contracts.jobs import AlgorithmSpec, FieldError, JobSpec
 from shared.contracts.replicas import ReplicaRecord
-
-KNOWN_LOSS_PARAMS = {
-    "importance_sampling": frozenset[str](),
-    "ppo": frozenset({"clip_low", "clip_high"}),
-    "cispo": frozenset({"clip_low", "clip_high"}),
-}
+from shared.errors import UserError
+from shared.loss_params import LOSS_PARAMS, loss_params
 
 
 def check(data: Any, replicas: Sequence[ReplicaRecord]) -> tuple[JobSpec | None, list[FieldError]]:
@@ -74,16 +70,7 @@ def _check_model(name: str, replicas: Sequence[ReplicaRecord]) -> list[FieldErro
 
 
 def _check_rules(spec: JobSpec) -> list[FieldError]:
-    algorithm = spec.algorithm
-    errors = []
-    for name in sorted(set(algorithm.loss_params) - KNOWN_LOSS_PARAMS[algorithm.loss]):
-        known = ", ".join(sorted(KNOWN_LOSS_PARAMS[algorithm.loss])) or "none"
-        errors.append(
-            FieldError(path=f"algorithm.loss_params.{name}", message=f"unknown for {algorithm.loss}; known: {known}")
-        )
-    low, high = (algorithm.loss_params.get(name) for name in ("clip_low", "clip_high"))
-    if low is not None and high is not None and low >= high:
-        errors.append(FieldError(path="algorithm.loss_params", message=f"clip_low {low} is not below clip_high {high}"))
+    errors = _check_loss(spec.algorithm)
     if spec.sampling.max_tokens == 0:
         errors.append(FieldError(path="sampling.max_tokens", message="0 leaves nothing to train on: give 1 or more"))
     if spec.sampling.temperature != 1:
@@ -92,6 +79,19 @@ def _check_rules(spec: JobSpec) -> list[FieldError]:
     if spec.sampling.seed is not None:
         errors.append(FieldError(path="sampling.seed", message="is set by the job's own seed: set `seed`"))
     return errors
+
+
+def _check_loss(algorithm: AlgorithmSpec) -> list[FieldError]:
+    known = LOSS_PARAMS[algorithm.loss]
+    unknown = sorted(algorithm.loss_params.keys() - known)
+    if unknown:
+        message = f"unknown for {algorithm.loss}; known: {', '.join(known) or 'none'}"
+        return [FieldError(path=f"algorithm.loss_params.{name}", message=message) for name in unknown]
+    try:
+        loss_params(algorithm.loss, algorithm.loss_params)
+    except UserError as error:
+        return [FieldError(path="algorithm.loss_params", message=str(error))]
+    return []
 
 
 def _hint(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from shared.contracts.episodes import EnvironmentSpec, GroupKey, RewardSpec
 from shared.contracts.policies import LoraSpec, PolicyRef
 from shared.contracts.sampling import SamplingParams
 
-PolicyLoss = Literal["importance_sampling", "ppo", "cispo"]
+PolicyLoss = Literal["importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -25,7 +25,7 @@ class AlgorithmSpec(Strict):
     groups_per_step: Positive = 16
     loss: PolicyLoss = "importance_sampling"
     loss_params: dict[str, float] = {}
-    """For instance `clip_low` and `clip_high` of `ppo` and `cispo`."""
+    """For instance `clip_low` and `clip_high` of `ppo`; docs/losses.md has all."""
     learning_rate: Annotated[float, msgspec.Meta(gt=0)] = 4e-4
     normalize_by_deviation: bool = False
     """Divide advantages by the group's standard deviation, as the first GRPO did (Liu et al. 2025, arXiv:2503.20783,

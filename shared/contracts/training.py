@@ -15,7 +15,7 @@ from shared.contracts.base import Contract, Strict
 from shared.contracts.blobs import BlobRef
 from shared.contracts.policies import LoraSpec, PolicyRecord
 
-LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo"]
+LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"]
 
 
 class AdamParams(Strict):
@@ -31,22 +31,30 @@ class AdamParams(Strict):
 
 
 class Datum(Contract):
-    """One training sequence. All arrays have the length N of `tokens`; entry i belongs to predicting `targets[i]`."""
+    """One training sequence. All arrays have the length N of `tokens`; entry i belongs to predicting `targets[i]`.
+
+    With K = `targets_per_token` above 1, `targets` and `weights` have the length N * K: K entries for each token.
+    """
 
     tokens: Int32s
     """Model input, N token ids."""
     targets: Int32s
-    """The token to predict at each position, N ids."""
+    """The token to predict at each position, N ids; or K of them for each position, one position behind the other."""
     weights: Float32s | None = None
-    """Per-token weight of `cross_entropy`, or a mask of 0 and 1 for the policy losses. None: 1 everywhere."""
+    """Weight of each target for `cross_entropy`, or a mask of 0 and 1 for the policy losses. None: 1 everywhere."""
     logprobs: Float32s | None = None
     """Log-probabilities under the sampling policy, for the policy losses."""
     advantages: Float32s | None = None
     """For the policy losses."""
+    ratio_mask: Float32s | None = None
+    """For `gspo`: 1 for the tokens whose ratios make up that of the sequence, 0 for others. None: where `weights` are
+    not 0."""
+    targets_per_token: int = 1
+    """K. More than 1 only for `cross_entropy`, to distil from a distribution over several tokens."""
 
 
 class LossSpec(Contract):
-    """A loss by name with its parameters, for instance `ppo` with `clip_low` and `clip_high`."""
+    """A loss by name with its parameters, for instance `ppo` with `clip_low` and `clip_high` (docs/losses.md)."""
 
     name: LossName
     params: dict[str, float] = {}
@@ -107,7 +115,7 @@ class OperationResult(Contract, tag_field="kind", tag="operation"):
     metrics: dict[str, float] = {}
     """Named `what:reduction`, for instance `loss:sum`; the reduction joins the parts of a split batch."""
     logprobs: list[Float32s] = []
-    """Of `targets`, one array of N for each datum."""
+    """Of `targets`, and as many: one array of N, or of N * K, for each datum."""
     policy: PolicyRecord | None = None
     checkpoint: BlobRef | None = None
 

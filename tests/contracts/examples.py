@@ -122,6 +122,40 @@ MESSAGES: dict[str, tuple[topology.Channel[Any], Any]] = {
             forward_only=True,
         ),
     ),
+    "forward_backward_gspo": (
+        topology.OPERATIONS,
+        ForwardBackward(
+            **HEAD,
+            data=[
+                Datum(
+                    tokens=Int32s([1, 2]),
+                    targets=Int32s([2, 3]),
+                    weights=Float32s([0.0, 1.0]),
+                    logprobs=Float32s([-0.5, -0.25]),
+                    advantages=Float32s([0.0, 2.0]),
+                    ratio_mask=Float32s([1.0, 1.0]),
+                )
+            ],
+            loss=LossSpec(name="gspo", params={"clip_low": 0.75, "clip_high": 1.25}),
+            forward_only=True,
+        ),
+    ),
+    "forward_backward_wide": (
+        topology.OPERATIONS,
+        ForwardBackward(
+            **HEAD,
+            data=[
+                Datum(
+                    tokens=Int32s([1, 2]),
+                    targets=Int32s([2, 3, 4, 5]),
+                    weights=Float32s([0.75, 0.25, -0.5, 0.0]),
+                    targets_per_token=2,
+                )
+            ],
+            loss=LossSpec(name="cross_entropy"),
+            forward_only=True,
+        ),
+    ),
     "optim_step": (
         topology.OPERATIONS,
         OptimStep(

@@ -1,4 +1,4 @@
-"""The same training done plainly: one run, one sequence at a time, PEFT and `torch.optim.AdamW`, formulas spelled out.
+"""The same training done plainly: one run, one sequence at a time, PEFT and `torch.optim.AdamW`, `formulas` as losses.
 
 Nothing here shares code with the engine beyond the files that it exports and the loading of the base model.
 """
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from shared.contracts.arrays import Float32s, Int32s
 from shared.contracts.training import AdamParams, Datum, LossSpec
 from shared.models.loading import load_base
+from tests.engines.formulas import loss_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # peft's imports, in whatever versions are installed together
@@ -43,23 +44,6 @@ def load_peft(model: Path, adapter: Path, *, trainable: bool = False) -> nn.Modu
     return loaded
 
 
-def loss_of(lp: Tensor, datum: Datum, loss: LossSpec) -> Tensor:
-    """Return the loss of one sequence, written out as the documentation has it."""
-    weights = torch.tensor(datum.weights) if datum.weights is not None else torch.ones_like(lp)
-    if loss.name == "cross_entropy":
-        return -(weights * lp).sum()
-    advantages = torch.tensor(datum.advantages)
-    ratio = torch.exp(lp - torch.tensor(datum.logprobs))
-    if loss.name == "importance_sampling":
-        return -(weights * ratio * advantages).sum()
-    low = loss.params.get("clip_low", 0.8 if loss.name == "ppo" else 0.0)
-    high = loss.params.get("clip_high", 1.2 if loss.name == "ppo" else 4.0)
-    bounded = torch.clamp(ratio, low, high)
-    if loss.name == "ppo":
-        return -(weights * torch.minimum(ratio * advantages, bounded * advantages)).sum()
-    return -(weights * bounded.detach() * lp * advantages).sum()
-
-
 @dataclass
 class Alone:
     """One run by itself."""
@@ -75,21 +59,20 @@ class Alone:
         return cls(loaded, torch.optim.AdamW(p for p in loaded.parameters() if p.requires_grad))
 
     def logprobs(self, datum: Datum) -> Tensor:
-        """Return log-probabilities of the targets, [N]."""
+        """Return log-probabilities of the targets, [N * K]."""
         logits = self.model(input_ids=torch.tensor([list(datum.tokens)])).logits[0]
-        picked: Tensor = logits.log_softmax(-1)[torch.arange(len(datum.tokens)), list(datum.targets)]
+        targets = torch.tensor(datum.targets).view(len(datum.tokens), datum.targets_per_token).long()
+        picked: Tensor = logits.log_softmax(-1).gather(1, targets).flatten()
         return picked
 
-    def forward_backward(self, data: Sequence[Datum], loss: LossSpec) -> tuple[float, list[Tensor]]:
-        """Add to the gradients; return the summed loss and the log-probabilities."""
-        total, kept = 0.0, []
+    def forward_backward(self, data: Sequence[Datum], loss: LossSpec) -> list[Tensor]:
+        """Add to the gradients; return the log-probabilities."""
+        kept = []
         for datum in data:
             lp = self.logprobs(datum)
-            value = loss_of(lp, datum, loss)
-            value.backward()  # type: ignore[no-untyped-call]
-            total += value.item()
+            loss_of(lp, datum, loss).backward()  # type: ignore[no-untyped-call]
             kept.append(lp.detach())
-        return total, kept
+        return kept
 
     def step(self, adam: AdamParams) -> float:
         """Clip and apply; return the norm before clipping."""
@@ -128,7 +111,8 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 def some_data(seed: int, loss: str, *, count: int = 4, group: int = 1, **settings: Any) -> list[Datum]:
     """Return `count` random sequences; each `group` neighbours begin with the same prompt.
 
-    `shortest` and `longest` bound prompts; `completion` is the length of what follows, by default as long again.
+    `shortest` and `longest` bound prompts; `completion` is the length of what follows, by default as long again;
+    `width` is the number of targets of a token.
     """
     draw = random.Random(seed)
     data: list[Datum] = []
@@ -137,21 +121,28 @@ def some_data(seed: int, loss: str, *, count: int = 4, group: int = 1, **setting
         if index % group == 0:
             prompt = [draw.randrange(256) for _ in range(length)]
         completion = [draw.randrange(256) for _ in range(settings.get("completion", length))]
-        data.append(_datum(draw, [*prompt, *completion], len(prompt), loss))
+        data.append(_datum(draw, [*prompt, *completion], len(prompt), loss, settings.get("width", 1)))
     return data
 
 
-def _datum(draw: random.Random, ids: list[int], prompt: int, loss: str) -> Datum:
+def _datum(draw: random.Random, ids: list[int], prompt: int, loss: str, width: int) -> Datum:
     n = len(ids) - 1
     mask = [0.0] * (prompt - 1) + [1.0] * (n - prompt + 1)
     if loss == "cross_entropy":
-        weights = [draw.uniform(-0.5, 2.0) * keep for keep in mask]
-        return Datum(tokens=Int32s(ids[:-1]), targets=Int32s(ids[1:]), weights=Float32s(weights))
+        weights = [draw.uniform(-0.5, 2.0) * keep for keep in mask for _ in range(width)]
+        targets = ids[1:] if width == 1 else [draw.randrange(256) for _ in weights]
+        return Datum(
+            tokens=Int32s(ids[:-1]), targets=Int32s(targets), weights=Float32s(weights), targets_per_token=width
+        )
     advantage = draw.choice([-1.5, 0.5, 1.0])
+    # Below the log-probabilities of a random model by more and less, so that ratios are clipped on both sides; nearer
+    # to each other for `gspo`, whose mean would else always be clipped.
+    spread = (-5.8, -5.3) if loss == "gspo" else (-7.5, -4.0)
     return Datum(
         tokens=Int32s(ids[:-1]),
         targets=Int32s(ids[1:]),
         weights=Float32s(mask),
-        logprobs=Float32s(draw.uniform(-7.5, -4.0) for _ in range(n)),
+        logprobs=Float32s(draw.uniform(*spread) for _ in range(n)),
         advantages=Float32s([advantage] * n),
+        ratio_mask=Float32s([0.0] * prompt + [1.0] * (n - prompt)) if loss == "gspo" and draw.random() < 0.5 else None,
     )

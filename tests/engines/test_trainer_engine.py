@@ -7,23 +7,31 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from services.trainer.engines import body
+from services.trainer.engines import body, passes
 from services.trainer.engines.base import PassItem
 from services.trainer.engines.torch_engine import TorchTrainerEngine
 from shared.contracts.arrays import Float32s
 from shared.contracts.policies import LoraSpec
-from shared.contracts.training import AdamParams, LossName, LossSpec
+from shared.contracts.training import AdamParams, LossSpec
 from shared.errors import UserError
+from shared.models.logprobs import target_logprobs
+from tests.engines.formulas import metrics_of
 from tests.engines.reference import Alone, distance, exported, some_data
 from tests.engines.tiny import FAMILIES, VOCABULARY, make_tiny_model
 from tests.engines.training import (
     CLOSE,
+    LOSSES,
     RUNS,
     alone,
+    changing,
     close,
+    data_of,
+    expect,
     good,
     gradient,
+    joined,
     named_gradient,
     replaced,
     seeing,
@@ -44,62 +52,128 @@ def engine(model: Path) -> TorchTrainerEngine:
     return TorchTrainerEngine("tiny", model)
 
 
-@pytest.mark.parametrize("runs", [("a",), ("b",), ("c",), ("d",), ("a", "b", "c", "d")], ids="-".join)
-def test_runs_in_one_pass_train_as_each_alone_with_peft_and_torch_adamw(
-    engine: TorchTrainerEngine, model: Path, tmp_path: Path, runs: tuple[str, ...]
-) -> None:
+MIXTURES = ["abcd", "efgh", "cfeh", "bdeg"]
+
+
+@pytest.mark.parametrize("runs", [*RUNS, *MIXTURES])
+def test_runs_in_one_pass_train_as_each_alone_with_peft_and_torch_adamw(model: Path, tmp_path: Path, runs: str) -> None:
+    engine = TorchTrainerEngine("tiny", model, max_logits=40 * VOCABULARY)
     references: dict[str, Alone] = {}
     for run in runs:
         engine.create_run(run, RUNS[run][0])
         references[run] = alone(engine, run, model, tmp_path)
     for step in range(STEPS):
-        data = {run: some_data(100 * step + ord(run), RUNS[run][1].name, group=2) for run in runs}
+        data = {run: data_of(run, 100 * step + ord(run), group=2) for run in runs}
         outcomes = engine.forward_backward([PassItem(run, data[run], RUNS[run][1]) for run in runs])
         for run, outcome in zip(runs, outcomes, strict=True):
-            loss, logprobs = references[run].forward_backward(data[run], RUNS[run][1])
-            assert good(outcome).metrics["loss:sum"] == pytest.approx(loss, rel=CLOSE, abs=1e-4)
+            logprobs = references[run].forward_backward(data[run], RUNS[run][1])
+            expected = metrics_of(logprobs, data[run], RUNS[run][1])
+            assert good(outcome).metrics == pytest.approx(expected, rel=CLOSE, abs=1e-4)
             assert torch.cat(logprobs).tolist() == pytest.approx([x for lp in outcome.logprobs for x in lp], rel=CLOSE)
             assert distance(named_gradient(engine, run), references[run].named(gradients=True)) < CLOSE
-        steps = engine.optim_step({run: RUNS[run][2] for run in runs})
+        adams = {run: changing(RUNS[run][2], step) for run in runs}
+        steps = engine.optim_step(adams)
         for run in runs:
-            norm = references[run].step(RUNS[run][2])
+            norm = references[run].step(adams[run])
             assert steps[run].metrics["grad_norm:mean"] == pytest.approx(norm, rel=CLOSE)
             assert steps[run].metrics["step:max"] == step + 1
     for run in runs:
         assert distance(exported(engine.export_adapter(run)), references[run].named()) < CLOSE
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "importance_sampling", "ppo", "cispo"])
-def test_two_half_batches_gather_the_gradient_of_the_whole(model: Path, loss: LossName) -> None:
-    data, spec = some_data(7, loss, count=6), LossSpec(name=loss)
+def test_mixtures_differ_in_rank_loss_and_learning_rate() -> None:
+    for runs in MIXTURES:
+        assert {RUNS[run][0].rank for run in runs} == {4, 8, 16, 32}
+        assert len({RUNS[run][1].name for run in runs}) == 4
+        assert len({RUNS[run][2].learning_rate for run in runs}) == 4
+    assert {RUNS[run][1].name for runs in MIXTURES for run in runs} == set(LOSSES)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_two_half_batches_give_the_gradient_and_the_metrics_of_the_whole(model: Path, run: str) -> None:
+    data, spec = data_of(run, 7, count=6), RUNS[run][1]
     whole, halves = TorchTrainerEngine("tiny", model), TorchTrainerEngine("tiny", model)
-    trained(whole, "run")
-    trained(halves, "run")
-    one = good(*whole.forward_backward([PassItem("run", data, spec)])).metrics["loss:sum"]
-    parts = [good(*halves.forward_backward([PassItem("run", half, spec)])) for half in (data[:3], data[3:])]
-    assert sum(part.metrics["loss:sum"] for part in parts) == pytest.approx(one, rel=CLOSE)
-    assert close(gradient(halves, "run"), gradient(whole, "run"))
+    trained(whole, run)
+    trained(halves, run)
+    one = good(*whole.forward_backward([PassItem(run, data, spec)]))
+    parts = [good(*halves.forward_backward([PassItem(run, half, spec)])) for half in (data[:2], data[2:])]
+    assert joined([part.metrics for part in parts]) == pytest.approx(one.metrics, rel=CLOSE, abs=1e-5)
+    assert [list(lp) for part in parts for lp in part.logprobs] == [
+        pytest.approx(list(lp), abs=CLOSE) for lp in one.logprobs
+    ]
+    assert close(gradient(halves, run), gradient(whole, run))
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "importance_sampling", "ppo", "cispo"])
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize(
     "settings",
     [{"max_pass_tokens": 1}, {"share_prefixes": False}, {"max_logits": 5 * VOCABULARY}, {"max_pass_tokens": 40}],
     ids="-".join,
 )
-def test_results_do_not_depend_on_packing_sharing_or_chunks(
-    model: Path, loss: LossName, settings: dict[str, Any]
-) -> None:
-    data = some_data(3, loss, count=12, group=4)
+def test_results_do_not_depend_on_packing_sharing_or_chunks(model: Path, run: str, settings: dict[str, Any]) -> None:
+    data = data_of(run, 3, count=12, group=4)
     shared, other = TorchTrainerEngine("tiny", model), TorchTrainerEngine("tiny", model, **settings)
     outcomes = []
     for engine in (shared, other):
-        trained(engine, "run")
-        outcomes.append(good(*engine.forward_backward([PassItem("run", data, LossSpec(name=loss))])))
-    assert close(gradient(shared, "run"), gradient(other, "run"))
+        trained(engine, run)
+        outcomes.append(good(*engine.forward_backward([PassItem(run, data, RUNS[run][1])])))
+    assert close(gradient(shared, run), gradient(other, run))
     assert outcomes[0].metrics == pytest.approx(outcomes[1].metrics, rel=1e-4, abs=1e-5)
     for ours, theirs in zip(outcomes[0].logprobs, outcomes[1].logprobs, strict=True):
         assert ours.tolist() == pytest.approx(theirs.tolist(), abs=CLOSE)
+
+
+def test_negative_weights_turn_the_gradient_round(engine: TorchTrainerEngine) -> None:
+    trained(engine, "h")
+    data = data_of("h", 5)
+    assert all(datum.weights is not None and min(datum.weights) < 0 < max(datum.weights) for datum in data)
+    turned = [replaced(d, weights=Float32s(-weight for weight in d.weights or ())) for d in data]
+    item = PassItem("h", data, RUNS["h"][1])
+    plus = expect(engine, [item])["h"]
+    minus = expect(engine, [PassItem("h", turned, RUNS["h"][1])])["h"]
+    assert close(minus, -plus)
+
+
+def test_several_targets_weigh_as_the_same_sequence_given_several_times(engine: TorchTrainerEngine) -> None:
+    trained(engine, "h")
+    wide = data_of("h", 6, count=3)
+    narrow = [
+        replaced(
+            d, targets=d.targets[k::3], weights=d.weights[k::3] if d.weights is not None else None, targets_per_token=1
+        )
+        for d in wide
+        for k in range(3)
+    ]
+    loss = RUNS["h"][1]
+    (one,) = engine.forward_backward([PassItem("h", wide, loss, forward_only=True)])
+    (other,) = engine.forward_backward([PassItem("h", narrow, loss, forward_only=True)])
+    assert one.metrics == pytest.approx(other.metrics, rel=CLOSE)
+    for index, logprobs in enumerate(one.logprobs):
+        columns = [list(other.logprobs[3 * index + k]) for k in range(3)]
+        assert list(logprobs) == pytest.approx([x for row in zip(*columns, strict=True) for x in row], abs=CLOSE)
+    assert close(expect(engine, [PassItem("h", wide, loss)])["h"], expect(engine, [PassItem("h", narrow, loss)])["h"])
+
+
+def test_only_losses_of_whole_sequences_compute_the_unembedding_again(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TorchTrainerEngine("tiny", model)
+    predicted: list[tuple[bool, int]] = []
+
+    def watched(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        predicted.append((logits.requires_grad, len(targets)))
+        return target_logprobs(logits, rows, targets)
+
+    monkeypatch.setattr(passes, "target_logprobs", watched)
+    for run in ("c", "f"):
+        trained(engine, run)
+    predicted.clear()
+    data = {run: data_of(run, 3) for run in ("c", "f")}
+    moving = {run: sum(sum(datum.weights or ()) for datum in data[run]) for run in data}
+    for outcome in engine.forward_backward([PassItem(run, data[run], RUNS[run][1]) for run in data]):
+        good(outcome)
+    still = sum(len(datum.tokens) for run in data for datum in data[run]) - sum(moving.values())
+    assert predicted == [(False, still), (False, moving["f"]), (True, sum(moving.values()))]
 
 
 def test_a_group_computes_its_prompt_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +272,7 @@ def test_every_family_has_the_logprobs_and_gradients_of_plain_transformers(tmp_p
     reference = alone(engine, "d", directory, tmp_path)
     data, loss = some_data(4, "ppo", count=6, group=3), LossSpec(name="ppo")
     outcome = good(*engine.forward_backward([PassItem("d", data, loss)]))
-    _, logprobs = reference.forward_backward(data, loss)
+    logprobs = reference.forward_backward(data, loss)
     assert [x for lp in outcome.logprobs for x in lp] == pytest.approx(torch.cat(logprobs).tolist(), abs=CLOSE)
     assert distance(named_gradient(engine, "d"), reference.named(gradients=True)) < CLOSE
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from services.trainer.engines.base import PassItem
 from services.trainer.engines.torch_engine import TorchTrainerEngine
 from shared.contracts.arrays import Float32s, Int32s
 from shared.contracts.policies import LoraSpec
-from shared.contracts.training import AdamParams, Datum, LossSpec
+from shared.contracts.training import AdamParams, Datum, LossName, LossSpec
 from shared.errors import PermanentError, UserError
 from shared.models.logprobs import target_logprobs
 from shared.models.packing import Packed
@@ -24,6 +25,7 @@ from tests.engines.training import (
     RUNS,
     changed,
     close,
+    data_of,
     expect,
     good,
     gradient,
@@ -46,6 +48,12 @@ def engine(model: Path) -> TorchTrainerEngine:
 
 NAN = float("nan")
 
+
+def marked(datum: Datum, *first: float) -> Datum:
+    """Return the datum with a ratio_mask that begins like this and goes on with zeros."""
+    return replaced(datum, ratio_mask=Float32s([*first, *[0.0] * (len(datum.tokens) - len(first))]))
+
+
 # What to change in the second of three data, and what the error must say.
 BAD: dict[str, tuple[LossSpec, Callable[[Datum], Datum], str]] = {
     "token outside": (LossSpec(name="ppo"), lambda d: changed(d, "tokens", 2, VOCABULARY), "tokens[2] is 264"),
@@ -62,6 +70,34 @@ BAD: dict[str, tuple[LossSpec, Callable[[Datum], Datum], str]] = {
     "NaN logprob": (LossSpec(name="ppo"), lambda d: changed(d, "logprobs", -1, NAN), "is nan"),
     "infinite advantage": (LossSpec(name="ppo"), lambda d: changed(d, "advantages", -1, NAN), "must be a finite"),
     "NaN weight": (LossSpec(name="cross_entropy"), lambda d: changed(d, "weights", 0, NAN), "weights[0] is nan"),
+    "infinite weight": (LossSpec(name="cross_entropy"), lambda d: changed(d, "weights", 0, -math.inf), "is -inf"),
+    "no width": (LossSpec(name="cross_entropy"), lambda d: replaced(d, targets_per_token=0), "must be from 1 to 264"),
+    "too wide": (LossSpec(name="cross_entropy"), lambda d: replaced(d, targets_per_token=265), "must be from 1 to 264"),
+    "few targets of several": (
+        LossSpec(name="cross_entropy"),
+        lambda d: replaced(d, targets_per_token=2),
+        "give 2, its targets_per_token, for each token",
+    ),
+    "few weights of several": (
+        LossSpec(name="cross_entropy"),
+        lambda d: replaced(d, targets_per_token=2, targets=Int32s([*d.targets, *d.targets])),
+        "weights for",
+    ),
+    "wide target outside": (
+        LossSpec(name="cross_entropy"),
+        lambda d: replaced(d, targets_per_token=2, targets=Int32s([*d.targets, *d.targets[1:], 9999]), weights=None),
+        "] is 9999",
+    ),
+    "several for a policy": (LossSpec(name="dro"), lambda d: replaced(d, targets_per_token=2), "dro takes one target"),
+    "short ratio_mask": (LossSpec(name="gspo"), lambda d: replaced(d, ratio_mask=Float32s([1.0])), "has 1 ratio_mask"),
+    "NaN in ratio_mask": (LossSpec(name="gspo"), lambda d: marked(d, NAN), "ratio_mask[0] is nan, it must be 0 or 1"),
+    "half in ratio_mask": (LossSpec(name="gspo"), lambda d: marked(d, 0.5), "ratio_mask[0] is 0.5"),
+    "empty ratio_mask": (LossSpec(name="gspo"), marked, "has a ratio_mask of zeros"),
+    "marked without logprob": (
+        LossSpec(name="gspo"),
+        lambda d: changed(marked(d, 1.0), "logprobs", 0, NAN),
+        "logprobs[0] is nan",
+    ),
     "mask of 2": (LossSpec(name="ppo"), lambda d: changed(d, "weights", 0, 2.0), "weights[0] is 2, for ppo"),
 }
 
@@ -99,22 +135,62 @@ def test_masked_tokens_need_no_logprobs(engine: TorchTrainerEngine) -> None:
     assert good(full).metrics == good(partial).metrics
 
 
-def test_a_diverged_run_fails_alone_and_keeps_its_gradient(engine: TorchTrainerEngine) -> None:
-    items = [PassItem(run, some_data(20, RUNS[run][1].name), RUNS[run][1]) for run in ("a", "bad", "b") if run in RUNS]
-    for run in ("a", "bad", "b"):
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        ({"betta": 1.0}, "no parameter 'betta'"),
+        ({"beta": NAN}, "must be a finite number"),
+        ({"beta": -1.0}, "0 or more"),
+    ],
+)
+def test_parameters_that_mean_nothing_harm_nobody(
+    engine: TorchTrainerEngine, params: dict[str, float], text: str
+) -> None:
+    for run in ("bad", "e", "f"):
+        trained(engine, run)
+    others = [PassItem(run, data_of(run, 12), RUNS[run][1]) for run in ("e", "f")]
+    expected = expect(engine, others)
+    bad = PassItem("bad", data_of("e", 13), LossSpec(name="dro", params=params))
+    outcomes = engine.forward_backward([others[0], bad, others[1]])
+    assert isinstance(outcomes[1].error, UserError)
+    assert text in str(outcomes[1].error)
+    assert engine._states["bad"].gradient is None
+    for item in others:
+        assert torch.equal(gradient(engine, item.run), expected[item.run])
+
+
+@pytest.mark.parametrize("like", RUNS)
+def test_a_diverged_run_fails_alone_and_keeps_its_gradient(engine: TorchTrainerEngine, like: str) -> None:
+    """Whatever its loss, and among whatever others."""
+    others = [run for run in ("b", "f", "g", "h") if run != like]
+    items = [PassItem(run, data_of(run, 20), RUNS[run][1]) for run in others]
+    for run in (*others, like):
         trained(engine, run)
     expected = expect(engine, items)
-    data = some_data(21, "cross_entropy")
-    good(*engine.forward_backward([PassItem("bad", data, LossSpec(name="cross_entropy"))]))
-    before = gradient(engine, "bad").clone()
-    engine._states["bad"].weights.mul_(1e25)
-    poisoned = PassItem("bad", data, LossSpec(name="cross_entropy"))
-    outcomes = engine.forward_backward([items[0], poisoned, items[1]])
+    poisoned = PassItem(like, data_of(like, 21), RUNS[like][1])
+    good(*engine.forward_backward([poisoned]))
+    before = gradient(engine, like).clone()
+    engine._states[like].weights.mul_(1e25)
+    outcomes = engine.forward_backward([items[0], poisoned, *items[1:]])
     assert isinstance(outcomes[1].error, PermanentError)
     assert not isinstance(outcomes[1].error, UserError)
-    assert torch.equal(gradient(engine, "bad"), before)
+    assert torch.equal(gradient(engine, like), before)
     for item in items:
         assert close(gradient(engine, item.run), expected[item.run], 1e-6)
+
+
+def test_a_ratio_that_overflows_fails_a_loss_that_does_not_bound_it_and_no_other(engine: TorchTrainerEngine) -> None:
+    names: tuple[LossName, ...] = ("importance_sampling", "stable_reinforce", "cispo")
+    items = []
+    for name in names:
+        trained(engine, name)
+        data = some_data(5, name)
+        unlikely = [replaced(d, logprobs=Float32s([-200.0] * len(d.tokens))) for d in data]
+        items.append(PassItem(name, unlikely, LossSpec(name=name)))
+    first, *bounded = engine.forward_backward(items)
+    assert "the loss is" in str(first.error)
+    for outcome in bounded:
+        assert all(math.isfinite(value) for value in good(outcome).metrics.values())
 
 
 def test_a_diverged_run_that_is_only_evaluated_fails_too(engine: TorchTrainerEngine) -> None:
@@ -215,11 +291,14 @@ def test_memory_that_runs_out_splits_the_pass_down_to_single_sequences(
     assert engine._states["long"].gradient is None
 
 
-def test_memory_that_runs_out_halfway_leaves_nothing_behind(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("run", ["d", "f"])
+def test_memory_that_runs_out_halfway_leaves_nothing_behind(
+    model: Path, monkeypatch: pytest.MonkeyPatch, run: str
+) -> None:
     engine, roomy = (TorchTrainerEngine("tiny", model, max_logits=20 * VOCABULARY) for _ in range(2))
-    item = PassItem("d", some_data(3, "cispo", count=6), RUNS["d"][1])
+    item = PassItem(run, data_of(run, 3, count=6), RUNS[run][1])
     for each in (engine, roomy):
-        trained(each, "d")
+        trained(each, run)
     good(*roomy.forward_backward([item]))
     chunks: list[int] = []
 
@@ -232,7 +311,7 @@ def test_memory_that_runs_out_halfway_leaves_nothing_behind(model: Path, monkeyp
     monkeypatch.setattr(passes, "target_logprobs", cramped)
     good(*engine.forward_backward([item]))
     assert len(chunks) > 4
-    assert close(gradient(engine, "d"), gradient(roomy, "d"))
+    assert close(gradient(engine, run), gradient(roomy, run))
 
 
 def test_memory_that_runs_out_in_a_step_changes_nothing(

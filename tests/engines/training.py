@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,14 +15,16 @@ from services.trainer.engines.base import PassItem, PassOutcome
 from services.trainer.engines.torch_engine import TorchTrainerEngine
 from shared.contracts.arrays import Int32s
 from shared.contracts.policies import LoraSpec
-from shared.contracts.training import AdamParams, Datum, LossSpec
+from shared.contracts.training import AdamParams, Datum, LossName, LossSpec
 from shared.models.attention import hidden_states
 from shared.models.packing import Packed
 from tests.engines.reference import Alone, some_data, write
 
 CLOSE = 1e-5
 
-# Runs that differ in everything that a run can differ in.
+LOSSES: tuple[LossName, ...] = get_args(LossName)
+
+# Runs that differ in everything that a run can differ in; any four neighbours differ in rank, loss and learning rate.
 RUNS: dict[str, tuple[LoraSpec, LossSpec, AdamParams]] = {
     "a": (LoraSpec(rank=4, seed=1), LossSpec(name="cross_entropy"), AdamParams(learning_rate=1e-3)),
     "b": (
@@ -40,7 +42,49 @@ RUNS: dict[str, tuple[LoraSpec, LossSpec, AdamParams]] = {
         LossSpec(name="cispo", params={"clip_high": 2.0}),
         AdamParams(learning_rate=5e-4, grad_clip_norm=2.0, weight_decay=0.1, eps=1e-8),
     ),
+    "e": (LoraSpec(rank=4, seed=5), LossSpec(name="dro"), AdamParams(learning_rate=3e-3, eps=1e-8)),
+    "f": (
+        LoraSpec(rank=8, train_unembed=True),
+        LossSpec(name="gspo", params={"clip_low": 0.6, "clip_high": 1.5}),
+        AdamParams(learning_rate=1.5e-3, grad_clip_norm=1.0, eps=1e-8),
+    ),
+    "g": (
+        LoraSpec(rank=16, alpha=8, seed=7),
+        LossSpec(name="stable_reinforce", params={"kl_coeff": 0.3, "clip_high": 1.5}),
+        AdamParams(learning_rate=2.5e-3, weight_decay=0.2, eps=1e-8),
+    ),
+    "h": (LoraSpec(rank=32, train_mlp=False), LossSpec(name="cross_entropy"), AdamParams(learning_rate=8e-4, eps=1e-8)),
 }
+WIDE = {"h": 3}
+"""Targets of a token, where there are several."""
+
+
+def data_of(run: str, seed: int, **settings: Any) -> list[Datum]:
+    """Return data for one of `RUNS`."""
+    return some_data(seed, RUNS[run][1].name, width=WIDE.get(run, 1), **settings)
+
+
+def changing(adam: AdamParams, step: int) -> AdamParams:
+    """Return settings of which each differs from those of every other step."""
+    return AdamParams(
+        learning_rate=adam.learning_rate * (1 + 0.3 * step),
+        beta1=adam.beta1 - 0.05 * step,
+        beta2=adam.beta2 - 0.02 * step,
+        eps=adam.eps * 10**step,
+        weight_decay=adam.weight_decay + 0.05 * step,
+        grad_clip_norm=adam.grad_clip_norm + 0.4 * step,
+    )
+
+
+def joined(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the metrics of a batch from those of its parts, each joined as its name says; means are over tokens."""
+    tokens = [part["tokens:sum"] for part in parts]
+    ways: dict[str, Callable[[list[float]], float]] = {
+        "sum": sum,
+        "max": max,
+        "mean": lambda values: sum(v * n for v, n in zip(values, tokens, strict=True)) / sum(tokens),
+    }
+    return {name: ways[name.partition(":")[2]]([part[name] for part in parts]) for name in parts[0]}
 
 
 def gradient(engine: TorchTrainerEngine, run: str) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.coordinator import policy
-from services.coordinator.advantages import group_advantages, has_signal, training_data
+from services.coordinator.advantages import group_advantages, has_signal, training_data, training_loss
 from services.coordinator.evaluations import Evaluations
 from services.coordinator.operations import step_operations
 from services.coordinator.policy import Standing
@@ -19,7 +19,7 @@ from shared.contracts.base import Failure
 from shared.contracts.episodes import EnvironmentSpec, GroupKey, GroupScored, RewardSpec, Rollout, Turn
 from shared.contracts.jobs import AlgorithmSpec, CheckpointSpec, EvaluationSpec, JobRecord, JobSpec
 from shared.contracts.policies import PolicyRef
-from shared.contracts.training import ForwardBackward, OptimStep, SavePolicy, SaveState
+from shared.contracts.training import ForwardBackward, LossSpec, OptimStep, SavePolicy, SaveState
 
 
 def spec(*, steps: int = 10, groups: int = 4, staleness: int = 1, **algorithm: object) -> JobSpec:
@@ -190,6 +190,19 @@ def test_an_evaluation_ends_with_its_last_answer_and_counts_failures_as_zero_ans
     assert (outcome.accuracy, outcome.tasks, outcome.failed) == (0.5, 3, 1)
 
 
+def test_penalties_are_divided_like_the_advantages_that_they_weigh_against() -> None:
+    groups = [group(0, rewards=(0.0, 1.0)), group(1, rewards=(1.0, 1.0)), group(2, rewards=(0.0, 1.0))]
+    algorithm = AlgorithmSpec(loss="stable_reinforce", loss_params={"kl_coeff": 0.5})
+    assert training_loss(groups, algorithm).params == {"clip_high": 2.0, "kl_coeff": 0.5 / 4}
+    assert training_loss(groups, AlgorithmSpec(loss="dro")).params == {"beta": 0.05 / 4}
+    assert training_loss(groups[1:2], AlgorithmSpec(loss="dro")).params == {"beta": 0.05}
+    clipped = AlgorithmSpec(loss="gspo", loss_params={"clip_low": 0.9})
+    assert training_loss(groups, clipped).params == {"clip_low": 0.9, "clip_high": 1.2}
+
+
+LOSS = LossSpec(name="importance_sampling")
+
+
 def record(**changes: object) -> JobRecord:
     base = JobRecord(job="job-1", run="job-1", spec=spec(steps=4))
     return msgspec.structs.replace(base, **changes)
@@ -197,16 +210,18 @@ def record(**changes: object) -> JobRecord:
 
 def test_a_step_trains_steps_and_publishes_in_order() -> None:
     data = training_data([group(0)], AlgorithmSpec())
-    operations = step_operations(record(step=1, updates=1), 5, data)
+    operations = step_operations(record(step=1, updates=1), 5, data, LOSS)
     assert [type(operation) for operation in operations] == [ForwardBackward, OptimStep, SavePolicy]
     assert [operation.seq for operation in operations] == [5, 6, 7]
     assert isinstance(operations[2], SavePolicy)
     assert operations[2].version == 2
-    assert operations == step_operations(record(step=1, updates=1), 5, data), "the same plan gives the same operations"
+    assert operations == step_operations(record(step=1, updates=1), 5, data, LOSS), (
+        "the same plan gives the same operations"
+    )
 
 
 def test_the_first_step_begins_the_run() -> None:
-    operations = step_operations(record(), 0, training_data([group(0)], AlgorithmSpec()))
+    operations = step_operations(record(), 0, training_data([group(0)], AlgorithmSpec()), LOSS)
     assert [(type(operation).__name__, operation.seq) for operation in operations] == [
         ("CreateRun", 0),
         ("ForwardBackward", 1),
@@ -216,17 +231,17 @@ def test_the_first_step_begins_the_run() -> None:
 
 
 def test_a_step_without_data_does_nothing_to_the_run() -> None:
-    assert step_operations(record(step=1), 5, []) == []
+    assert step_operations(record(step=1), 5, [], LOSS) == []
 
 
 def test_the_last_step_leaves_a_policy_and_a_checkpoint() -> None:
-    kinds = [type(operation) for operation in step_operations(record(step=3), 5, [])]
+    kinds = [type(operation) for operation in step_operations(record(step=3), 5, [], LOSS)]
     assert kinds == [SavePolicy, SaveState]
 
 
 def test_checkpoints_are_named_after_their_step() -> None:
     job = msgspec.structs.replace(spec(steps=9), checkpoint=CheckpointSpec(every=2))
-    operations = step_operations(record(spec=job, step=3), 5, [])
+    operations = step_operations(record(spec=job, step=3), 5, [], LOSS)
     assert [operation.name for operation in operations if isinstance(operation, SaveState)] == ["step-4"]
 
 

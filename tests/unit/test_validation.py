@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from services.coordinator.validation import check
-from shared.contracts.jobs import FieldError
+from shared.contracts.jobs import FieldError, PolicyLoss
 from shared.contracts.replicas import ReplicaRecord
+from shared.contracts.training import LossName
+from shared.loss_params import LOSS_PARAMS
 
 
 def replica(service: str, **fields: Any) -> ReplicaRecord:
@@ -43,6 +45,15 @@ def test_a_minimal_job_is_complete() -> None:
     assert errors_of(job()) == {}
 
 
+@pytest.mark.parametrize("loss", get_args(PolicyLoss))
+def test_every_policy_loss_can_be_asked_for_with_its_parameters(loss: PolicyLoss) -> None:
+    assert errors_of(job(algorithm={"loss": loss, "loss_params": dict(LOSS_PARAMS[loss])})) == {}
+
+
+def test_every_loss_but_the_supervised_one_is_for_jobs() -> None:
+    assert {*get_args(PolicyLoss), "cross_entropy"} == set(get_args(LossName))
+
+
 def test_every_error_is_reported_in_one_answer() -> None:
     found = errors_of(
         {
@@ -59,7 +70,7 @@ def test_every_error_is_reported_in_one_answer() -> None:
         "environment.params", "sampling.stop[0]", "reward",
     }  # fmt: skip
     assert found["algoritm"] == "unknown field; did you mean 'algorithm'?"
-    assert found["algorithm.loss"] == "'dpo' is none of importance_sampling, ppo, cispo"
+    assert found["algorithm.loss"] == ("'dpo' is none of importance_sampling, ppo, cispo, dro, gspo, stable_reinforce")
     assert found["algorithm.steps"] == "Expected `int` >= 1, got 0"
     assert found["reward"] == "is required"
 
@@ -80,7 +91,19 @@ def test_every_error_is_reported_in_one_answer() -> None:
         (
             {"algorithm": {"loss": "ppo", "loss_params": {"clip_low": 2.0, "clip_high": 1.0}}},
             "algorithm.loss_params",
-            "clip_low 2.0 is not below clip_high 1.0",
+            "ppo: clip_low 2 must be from 0 to clip_high 1",
+        ),
+        ({"algorithm": {"loss": "ppo", "loss_params": {"clip_low": 1.5}}}, "algorithm.loss_params", "clip_high 1.2"),
+        ({"algorithm": {"loss": "dro", "loss_params": {"beta": -1.0}}}, "algorithm.loss_params", "beta is -1"),
+        (
+            {"algorithm": {"loss": "stable_reinforce", "loss_params": {"beta": 1.0}}},
+            "algorithm.loss_params.beta",
+            "unknown for stable_reinforce; known: clip_high, kl_coeff",
+        ),
+        (
+            {"algorithm": {"loss": "importance_sampling", "loss_params": {"kl_coeff": 1.0}}},
+            "algorithm.loss_params.kl_coeff",
+            "known: none",
         ),
         (
             {"sampling": {"temperature": 0.7}},

@@ -34,7 +34,7 @@ class PassOutcome:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """`loss:sum` and others, each named `what:reduction`."""
     logprobs: Sequence[Float32s] = ()
-    """Of the targets, one array of N for each datum."""
+    """Of the targets, and as many: one array of N, or of N * K, for each datum."""
     error: MeshError | None = None
 
 

@@ -89,11 +89,16 @@ class PassRunner:
     def _compute(self, work: Work, trees: list[Tree], states: Mapping[str, RunState], *, backward: bool) -> None:
         packed = pack(trees, work.sequences, work.targets.device, masks=self._body.masks)
         # Cut before anything is launched: sending the cuts to a GPU waits for what runs there.
-        still, moving = (list(work.chunks(packed, self._settings.head_rows, moving=flag)) for flag in (False, True))
+        most = self._settings.head_rows
+        still, moving = (list(work.chunks(packed, most, moving=flag)) for flag in (False, True))
+        # Losses over whole sequences need all of their logprobs before the first chunk of one goes backward.
+        compared = list(work.chunks(packed, most, moving=True, among=work.compared))
         hidden = self._body.forward(packed, trees, states, backward=backward)
         with torch.no_grad():
-            for chunk in still:
+            for chunk in (*still, *compared):
                 self._predict(work, chunk, hidden.index_select(0, chunk.rows))
+            if compared:
+                work.fill_sequence_ratios(packed.rows)
         if backward:
             self._backward(work, moving, hidden)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -138,7 +137,7 @@ class TorchTrainerEngine:
             if not gathered.isfinite().all():
                 return PassOutcome(error=_not_finite("the gradient is infinite or NaN"))
             state.gradient = gathered
-        return PassOutcome(metrics=metrics, logprobs=_by_sequence(logprobs, batch.sequences))
+        return PassOutcome(metrics=metrics, logprobs=_by_sequence(logprobs, batch.lengths))
 
     def optim_step(self, steps: Mapping[str, AdamParams]) -> dict[str, StepOutcome]:
         """Apply AdamW to each run's gathered gradient and clear it."""
@@ -194,8 +193,8 @@ def _sum(gathered: Tensor | None, gradient: Tensor | None, weights: Tensor) -> T
     return gradient if gathered is None else gathered + gradient
 
 
-def _by_sequence(logprobs: Tensor, sequences: Sequence[array[int]]) -> list[Float32s]:
-    parts = torch.split(logprobs.cpu(), [len(tokens) for tokens in sequences])
+def _by_sequence(logprobs: Tensor, lengths: Sequence[int]) -> list[Float32s]:
+    parts = torch.split(logprobs.cpu(), list(lengths))
     return [Float32s(part.tolist()) for part in parts]
 
 
