@@ -6,10 +6,13 @@ handful of operations however many layers there are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from services.trainer.engines.adamw import Moments, adamw, clipped
+from services.trainer.engines.pending import Pending
 from shared.contracts.training import AdamParams
 from shared.errors import PermanentError
 from shared.models.lora import Adapter
@@ -26,6 +29,29 @@ class RunState:
         self.gradient: Tensor | None = None
         """fp32, as long as the weights. None: nothing was gathered since the last step."""
         self.step = 0
+        self.pending: Pending | None = None
+        """Parts of an operation that has not come to its end. No snapshot has them: a replay begins at the first."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of it."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor by what `to` makes of it. If that raises, nothing has changed."""
+        moved = {id(tensor): to(tensor) for tensor in self._tensors()}
+        self.weights = moved[id(self.weights)]
+        self.adapter = _views(self.adapter, self.weights)
+        self.moments = Moments(moved[id(self.moments.mean)], moved[id(self.moments.square)])
+        if self.gradient is not None:
+            self.gradient = moved[id(self.gradient)]
+        if self.pending is not None and self.pending.gradient is not None:
+            self.pending.gradient = moved[id(self.pending.gradient)]
+
+    def _tensors(self) -> list[Tensor]:
+        pending = self.pending.gradient if self.pending is not None else None
+        found = (self.weights, self.moments.mean, self.moments.square, self.gradient, pending)
+        return [tensor for tensor in found if tensor is not None]
 
     def take_gradient(self) -> Tensor:
         """Return the sum of what the passes left, as one vector, and clear it."""
