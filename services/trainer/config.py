@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+import msgspec
 
 from shared.config import ServiceConfig
+
+Weight = Annotated[float, msgspec.Meta(ge=0.001, le=1000)]
 
 
 class TrainerConfig(ServiceConfig, frozen=True, kw_only=True):
@@ -17,10 +21,12 @@ class TrainerConfig(ServiceConfig, frozen=True, kw_only=True):
     engine: Literal["torch"] = "torch"
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU if there is one."""
-    max_runs: int = 64
+    max_runs: int = 256
     """Runs held at the same time; others wait for another trainer."""
     max_pass_tokens: int = 8192
-    """Tokens in one forward and backward pass."""
+    """Tokens in one forward and backward pass. A larger operation goes through several."""
+    tenant_weights: dict[str, Weight] = {}
+    """Shares of the passes among the owners of runs that wait, by owner; 1 for one that is not named."""
     max_backlog: int = 64
     """Operations of one run taken from its log ahead of time; the rest stays there."""
     snapshot_operations: int = 60

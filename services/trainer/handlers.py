@@ -16,9 +16,9 @@ from typing import TypeVar
 
 from services.trainer.engine_thread import EngineThread
 from services.trainer.engines.base import PassItem
+from services.trainer.fair import Piece
+from services.trainer.held import HeldRun
 from services.trainer.metrics import TrainerMetrics
-from services.trainer.policy import tokens_of
-from services.trainer.runs import HeldRun
 from shared import topology
 from shared.bus import Delivery
 from shared.contracts.policies import PolicyPublished, PolicyRecord, PolicyRef
@@ -48,23 +48,31 @@ class Operations:
         self._policies = node.bus.table(topology.POLICIES)
         self._unsent: dict[str, set[asyncio.Task[None]]] = {}
 
-    async def run_pass(self, deliveries: Sequence[Delivery[AnyOperation]]) -> None:
-        """Forward and backward for several runs at once."""
-        operations = [_as(ForwardBackward, delivery) for delivery in deliveries]
-        items = [PassItem(op.run, op.data, op.loss, op.forward_only) for op in operations]
+    async def run_pass(self, runs: Sequence[HeldRun], pieces: Sequence[Piece]) -> list[HeldRun]:
+        """Forward and backward for several runs at once; `pieces` are of their heads. Return whose heads are done."""
+        items = [_item(_as(ForwardBackward, held.head), piece) for held, piece in zip(runs, pieces, strict=True)]
         started = time.monotonic()
         outcomes = await self._engine.call(self._engine.engine.forward_backward, items)
         self._metrics.pass_seconds.observe(time.monotonic() - started)
         self._metrics.pass_runs.observe(len(items))
-        for delivery, operation, outcome in zip(deliveries, operations, outcomes, strict=True):
+        self._metrics.passes.inc()
+        done = []
+        for held, piece, item, outcome in zip(runs, pieces, items, outcomes, strict=True):
             if outcome.error is not None:
-                self.refuse(delivery, outcome.error)
-                continue
-            self._metrics.tokens.inc(tokens_of(operation))
-            self._answer(delivery, _result(operation, metrics=dict(outcome.metrics), logprobs=list(outcome.logprobs)))
+                self.refuse(held.head, outcome.error)
+            else:
+                self._metrics.tokens.labels(held.record.owner).inc(sum(len(datum.tokens) for datum in item.data))
+                if not piece.last:
+                    held.data_done = piece.stop
+                    continue
+                filled = {"metrics": dict(outcome.metrics), "logprobs": list(outcome.logprobs)}
+                self._answer(held.head, _result(held.head.message, **filled))
+            done.append(held)
+        return done
 
-    async def step(self, deliveries: Sequence[Delivery[AnyOperation]]) -> None:
+    async def step(self, runs: Sequence[HeldRun]) -> None:
         """Optimizer steps of several runs."""
+        deliveries = [held.head for held in runs]
         operations = [_as(OptimStep, delivery) for delivery in deliveries]
         outcomes = await self._engine.call(self._engine.engine.optim_step, {op.run: op.adam for op in operations})
         for delivery, operation in zip(deliveries, operations, strict=True):
@@ -74,8 +82,9 @@ class Operations:
             else:
                 self._answer(delivery, _result(operation, metrics=dict(outcome.metrics)))
 
-    async def single(self, delivery: Delivery[AnyOperation], held: HeldRun) -> None:
+    async def single(self, held: HeldRun) -> None:
         """Any other operation. Raise `TemporaryError` if it is to be tried again."""
+        delivery = held.head
         operation = delivery.message
         try:
             if isinstance(operation, CreateRun):
@@ -195,6 +204,18 @@ def _as(kind: type[OperationT], delivery: Delivery[AnyOperation]) -> OperationT:
     operation = delivery.message
     assert isinstance(operation, kind)
     return operation
+
+
+def _item(operation: ForwardBackward, piece: Piece) -> PassItem:
+    data = operation.data
+    return PassItem(
+        operation.run,
+        data[piece.first : piece.stop],
+        operation.loss,
+        operation.forward_only,
+        first=piece.first == 0,
+        rest=data[piece.stop :],
+    )
 
 
 def _kind(operation: AnyOperation) -> str:

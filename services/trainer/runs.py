@@ -12,12 +12,12 @@ import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 
+from services.trainer.backlog import Backlog, Offered
 from services.trainer.config import TrainerConfig
 from services.trainer.engine_thread import EngineThread
+from services.trainer.held import HeldRun
 from services.trainer.metrics import TrainerMetrics
-from services.trainer.policy import Backlog, Offered
 from shared import topology
 from shared.bus import Delivery
 from shared.contracts.training import AnyOperation, RunRecord, SnapshotRecord
@@ -31,24 +31,6 @@ log = logging.getLogger(__name__)
 CLAIM_SECONDS = 1.0
 
 
-@dataclass
-class HeldRun:
-    """A run in this trainer's memory."""
-
-    record: RunRecord
-    revision: int
-    backlog: Backlog[Delivery[AnyOperation]]
-    broken: MeshError | None = None
-    """Why it cannot be worked on; every operation is answered with this."""
-    done_since_snapshot: int = 0
-    snapshot_at: float = field(default_factory=time.monotonic)
-    not_before: float = 0.0
-    """Monotonic time until which its head waits after a temporary error."""
-    reader: asyncio.Task[None] | None = None
-    room: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when an operation left the backlog."""
-
-
 class Runs:
     """Claims runs, reads their logs, writes their snapshots."""
 
@@ -60,10 +42,11 @@ class Runs:
         metrics: TrainerMetrics,
         on_repeated: Callable[[Delivery[AnyOperation]], Awaitable[None]],
         settled: Callable[[str], Awaitable[None]],
+        on_gone: Callable[[str], None],
     ) -> None:
         """`on_repeated` answers an operation that was executed before this trainer read it.
 
-        `settled` waits until all answers of a run are stored.
+        `settled` waits until all answers of a run are stored. `on_gone` hears of each run that is no longer held.
         """
         self.held: dict[str, HeldRun] = {}
         self.work = asyncio.Event()
@@ -74,6 +57,7 @@ class Runs:
         self._metrics = metrics
         self._on_repeated = on_repeated
         self._settled = settled
+        self._on_gone = on_gone
         self._table = node.bus.table(topology.RUNS)
         self._known: dict[str, RunRecord] = {}
         self._leases = Leases(node.bus, node.replica, node.tasks, self._lost)
@@ -217,6 +201,7 @@ class Runs:
         held = self.held.pop(name, None)
         if held is None:
             return
+        self._on_gone(name)
         if held.reader is not None:
             await cancelled([held.reader])
         await self._engine.call(self._engine.engine.drop_run, name)

@@ -17,18 +17,19 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from services.trainer.config import TrainerConfig
 from services.trainer.engine_thread import EngineThread
 from services.trainer.engines.base import TrainerEngine
+from services.trainer.fair import Piece
 from services.trainer.handlers import Operations
+from services.trainer.held import HeldRun
 from services.trainer.metrics import TrainerMetrics
-from services.trainer.policy import Turn, next_turn
+from services.trainer.policy import Head, Scheduler, Turn
 from services.trainer.runs import Runs
 from shared import observe
-from shared.bus import Delivery
-from shared.contracts.training import AnyOperation
+from shared.contracts.training import OptimStep
 from shared.errors import TemporaryError
 from shared.node import Node
 
@@ -49,19 +50,25 @@ class TrainerService:
         self._config = config
         self._node = node
         self._engine = EngineThread(lambda: make_engine(config))
-        self._metrics = TrainerMetrics(node.telemetry.registry, lambda: len(self._runs.held), self._backlog)
+        self._metrics = TrainerMetrics(node.telemetry.registry, self._held)
         self._operations = Operations(node, self._engine, self._metrics)
+        self._scheduler = Scheduler(config.max_pass_tokens, config.tenant_weights)
         self._runs = Runs(
-            node, config, self._engine, self._metrics, self._operations.repeated, self._operations.settled
+            node,
+            config,
+            self._engine,
+            self._metrics,
+            self._operations.repeated,
+            self._operations.settled,
+            self._scheduler.forget,
         )
-        self._last_served: dict[str, float] = {}
         self._stopping = asyncio.Event()
         self._executing = asyncio.Lock()
         self._doing = ""
 
     def activity(self) -> str:
         """See `Service.activity`."""
-        waiting = self._backlog()
+        waiting = sum(len(held.backlog.waiting) for held in self._held())
         runs = f"{len(self._runs.held)} runs"
         return f"{self._doing}, {runs}, {waiting} waiting" if self._doing else f"idle, {runs}"
 
@@ -78,14 +85,14 @@ class TrainerService:
             await self._runs.stop()
         self._engine.close()
 
-    def _backlog(self) -> int:
-        return sum(len(held.backlog.waiting) for held in self._runs.held.values())
+    def _held(self) -> Collection[HeldRun]:
+        return self._runs.held.values()
 
     async def _execute(self) -> None:
         while not self._stopping.is_set():
             self._runs.work.clear()  # before looking: what comes from now on wakes us
             async with self._executing:
-                turn = next_turn(self._heads(), self._last_served, self._config.max_pass_tokens)
+                turn = self._scheduler.next_turn(self._heads())
                 if turn is not None:
                     started = time.monotonic()
                     await self._take(turn)
@@ -95,76 +102,66 @@ class TrainerService:
                 async with asyncio.timeout(RETRY_LOOK if self._anything_waits() else None):
                     await self._runs.work.wait()
 
-    def _heads(self) -> dict[str, AnyOperation]:
+    def _heads(self) -> dict[str, Head]:
         """The operations whose turn it is, of runs that are not waiting after a temporary error."""
         now = time.monotonic()
         return {
-            name: held.backlog.head.message
+            name: Head(held.head.message, held.record.owner, held.data_done)
             for name, held in self._runs.held.items()
             if held.backlog.head is not None and held.not_before <= now
         }
 
     def _anything_waits(self) -> bool:
-        return any(held.backlog.head is not None for held in self._runs.held.values())
+        return any(held.backlog.head is not None for held in self._held())
 
     async def _take(self, turn: Turn) -> None:
-        names = (turn.single,) if turn.single else turn.steps or turn.shared_pass
-        able = [name for name in names if self._answered_if_broken(name)]
+        pieces = {piece.run: piece for piece in turn.pieces}
+        runs = [self._runs.held[name] for name in pieces or turn.steps or (turn.single,)]
+        able = [held for held in runs if self._answered_if_broken(held)]
         try:
-            if able:
-                await self._run(turn, able)
+            done = await self._run(able, pieces)
         finally:
             self._doing = ""
-        for name in names:
-            self._last_served[name] = time.monotonic()
-            if name in self._runs.held and self._runs.snapshot_is_due(name):
-                await self._runs.write_snapshot(name)
+        for held in done:
+            if self._is_ours(held):
+                held.finish_head()
+                if self._runs.snapshot_is_due(held.name):
+                    await self._runs.write_snapshot(held.name)
 
-    async def _run(self, turn: Turn, names: list[str]) -> None:
-        deliveries = [self._head(name) for name in names]
-        if turn.single:
-            with observe.bound(run=turn.single, request=deliveries[0].message.request_id):
-                if not await self._run_single(turn.single, deliveries[0]):
-                    return
-        elif turn.steps:
-            self._doing = f"stepping {len(names)} runs"
-            await self._operations.step(deliveries)
-        else:
-            self._doing = f"training {len(names)} runs"
-            await self._operations.run_pass(deliveries)
-        for name in names:
-            self._done(name)
+    async def _run(self, runs: list[HeldRun], pieces: dict[str, Piece]) -> list[HeldRun]:
+        """Execute the heads of runs, or pieces of them, and return whose are done."""
+        if not runs:
+            return []
+        if pieces:
+            self._doing = f"training {len(runs)} runs"
+            return await self._operations.run_pass(runs, [pieces[held.name] for held in runs])
+        if isinstance(runs[0].head.message, OptimStep):
+            self._doing = f"stepping {len(runs)} runs"
+            await self._operations.step(runs)
+            return runs
+        return [held for held in runs if await self._run_single(held)]
 
-    async def _run_single(self, name: str, delivery: Delivery[AnyOperation]) -> bool:
+    async def _run_single(self, held: HeldRun) -> bool:
         """False: it is to be tried again later."""
-        self._doing = type(delivery.message).__name__
-        held = self._runs.held[name]
-        try:
-            await self._operations.single(delivery, held)
-        except TemporaryError as error:
-            held.not_before = time.monotonic() + error.delay
-            log.warning("run %s waits: %s", name, error)
-            return False
+        operation = held.head.message
+        self._doing = type(operation).__name__
+        with observe.bound(run=held.name, request=operation.request_id):
+            try:
+                await self._operations.single(held)
+            except TemporaryError as error:
+                held.not_before = time.monotonic() + error.delay
+                log.warning("run %s waits: %s", held.name, error)
+                return False
         return True
 
-    def _head(self, name: str) -> Delivery[AnyOperation]:
-        head = self._runs.held[name].backlog.head
-        assert head is not None
-        return head
+    def _is_ours(self, held: HeldRun) -> bool:
+        """Whether the lease is still there. If it went while the engine computed, what was done counts for nobody."""
+        return self._runs.held.get(held.name) is held
 
-    def _done(self, name: str) -> None:
-        # The lease may have gone while the engine was computing; then the result counts for nobody.
-        if (held := self._runs.held.get(name)) is not None:
-            held.backlog.done()
-            held.room.set()
-            held.done_since_snapshot += 1
-
-    def _answered_if_broken(self, name: str) -> bool:
+    def _answered_if_broken(self, held: HeldRun) -> bool:
         """False: the run could not be brought back, and its head has been answered with the reason."""
-        held = self._runs.held[name]
         if held.broken is None:
             return True
-        self._operations.refuse(self._head(name), held.broken)
-        held.backlog.done()
-        held.room.set()
+        self._operations.refuse(held.head, held.broken)
+        held.finish_head()
         return False
