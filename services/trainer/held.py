@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 
 from services.trainer.backlog import Backlog
 from services.trainer.policy import tokens_of
+from services.trainer.residency import Level
 from shared.bus import Delivery
 from shared.contracts.training import AnyOperation, RunRecord
 from shared.errors import MeshError
 
 
-@dataclass
+@dataclass(eq=False)
 class HeldRun:
     """A run whose lease this trainer has."""
 
@@ -22,6 +23,11 @@ class HeldRun:
     backlog: Backlog[Delivery[AnyOperation]]
     data_done: int = 0
     """How many data of the head have been through passes."""
+    level: Level = Level.NOWHERE
+    size: int = 0
+    """Bytes of its state when it last came to the device."""
+    used_at: float = field(default_factory=time.monotonic)
+    """Monotonic time of its last operation."""
     broken: MeshError | None = None
     """Why it cannot be worked on; every operation is answered with this."""
     done_since_snapshot: int = 0
@@ -58,4 +64,5 @@ class HeldRun:
         self.backlog.done()
         self.data_done = 0
         self.done_since_snapshot += 1
+        self.used_at = time.monotonic()
         self.room.set()

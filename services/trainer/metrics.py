@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from services.trainer.held import HeldRun
+from services.trainer.residency import Level
 from shared.worker import SECONDS_BUCKETS
 
 
@@ -34,10 +35,16 @@ class TrainerMetrics:
         self.snapshots = Counter(
             "openrl_trainer_snapshots_total", "Snapshots by outcome", ["outcome"], registry=registry
         )
+        self.loads = Counter(
+            "openrl_trainer_loads_total", "Runs brought back to the device", ["source"], registry=registry
+        )
         self.leases_lost = Counter(
             "openrl_trainer_leases_lost_total", "Runs that somebody else took", registry=registry
         )
         self._gauge("openrl_trainer_runs", "Runs held", lambda _: 1)
+        self._gauge("openrl_trainer_resident_runs", "On the device", lambda run: run.level is Level.DEVICE)
+        self._gauge("openrl_trainer_parked_runs", "In host memory", lambda run: run.level is Level.HOST)
+        self._gauge("openrl_trainer_evicted_runs", "Only in the blob store", lambda run: run.level is Level.STORE)
         self._gauge("openrl_trainer_backlog", "Operations read and not executed", lambda run: len(run.backlog.waiting))
         self._gauge("openrl_trainer_backlog_tokens", "Tokens of these operations", lambda run: run.tokens_waiting)
 
