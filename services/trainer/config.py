@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+import msgspec
 
 from shared.config import ServiceConfig
+
+Weight = Annotated[float, msgspec.Meta(ge=0.001, le=1000)]
 
 
 class TrainerConfig(ServiceConfig, frozen=True, kw_only=True):
@@ -17,10 +21,22 @@ class TrainerConfig(ServiceConfig, frozen=True, kw_only=True):
     engine: Literal["torch"] = "torch"
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU if there is one."""
-    max_runs: int = 64
+    max_runs: int = 256
     """Runs held at the same time; others wait for another trainer."""
+    max_resident_runs: Annotated[int, msgspec.Meta(ge=1)] = 64
+    """Of these, runs whose state is on the device; the least recently used others are parked in host memory."""
+    max_resident_bytes: int = 0
+    """Bytes of their state. 0: as much as the device has room for."""
+    max_host_runs: Annotated[int, msgspec.Meta(ge=0)] = 64
+    """Runs parked in host memory; the least recently used others are only in the blob store."""
+    park_seconds: float = 60.0
+    """A run without work for so long is parked."""
+    evict_seconds: float = 600.0
+    """A run without work for so long leaves host memory too. It comes back by itself before its next operation."""
     max_pass_tokens: int = 8192
-    """Tokens in one forward and backward pass."""
+    """Tokens in one forward and backward pass. A larger operation goes through several."""
+    tenant_weights: dict[str, Weight] = {}
+    """Shares of the passes among the owners of runs that wait, by owner; 1 for one that is not named."""
     max_backlog: int = 64
     """Operations of one run taken from its log ahead of time; the rest stays there."""
     snapshot_operations: int = 60

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import time
 from collections.abc import Sequence
 from typing import TypeVar
 
+from services.trainer.answers import Answers
 from services.trainer.engine_thread import EngineThread
-from services.trainer.engines.base import PassItem
+from services.trainer.engines.base import NoRoom, PassItem
+from services.trainer.fair import Piece
+from services.trainer.held import HeldRun
 from services.trainer.metrics import TrainerMetrics
-from services.trainer.policy import tokens_of
-from services.trainer.runs import HeldRun
+from services.trainer.places import Places
 from shared import topology
 from shared.bus import Delivery
 from shared.contracts.policies import PolicyPublished, PolicyRecord, PolicyRef
-from shared.contracts.results import RequestFailed, Result
+from shared.contracts.results import RequestFailed
 from shared.contracts.training import (
     AnyOperation,
     CreateRun,
@@ -35,51 +36,74 @@ from shared.contracts.training import (
 from shared.errors import MeshError, PermanentError, TemporaryError, UserError, failure_of
 from shared.node import Node
 
-log = logging.getLogger(__name__)
-
 
 class Operations:
     """Executes operations on the engine and answers them."""
 
-    def __init__(self, node: Node, engine: EngineThread, metrics: TrainerMetrics) -> None:
+    def __init__(
+        self, node: Node, engine: EngineThread, metrics: TrainerMetrics, places: Places, answers: Answers
+    ) -> None:
         self._node = node
+        self._answers = answers
         self._engine = engine
         self._metrics = metrics
+        self._places = places
         self._policies = node.bus.table(topology.POLICIES)
-        self._unsent: dict[str, set[asyncio.Task[None]]] = {}
 
-    async def run_pass(self, deliveries: Sequence[Delivery[AnyOperation]]) -> None:
-        """Forward and backward for several runs at once."""
-        operations = [_as(ForwardBackward, delivery) for delivery in deliveries]
-        items = [PassItem(op.run, op.data, op.loss, op.forward_only) for op in operations]
+    async def run_pass(self, runs: Sequence[HeldRun], pieces: Sequence[Piece]) -> list[HeldRun]:
+        """Forward and backward for several runs at once; `pieces` are of their heads. Return whose heads are done."""
+        items = [_item(_as(ForwardBackward, held.head), piece) for held, piece in zip(runs, pieces, strict=True)]
         started = time.monotonic()
         outcomes = await self._engine.call(self._engine.engine.forward_backward, items)
         self._metrics.pass_seconds.observe(time.monotonic() - started)
         self._metrics.pass_runs.observe(len(items))
-        for delivery, operation, outcome in zip(deliveries, operations, outcomes, strict=True):
-            if outcome.error is not None:
-                self.refuse(delivery, outcome.error)
+        self._metrics.passes.inc()
+        done = []
+        for held, piece, item, outcome in zip(runs, pieces, items, outcomes, strict=True):
+            if await self._again(held, outcome.error):
                 continue
-            self._metrics.tokens.inc(tokens_of(operation))
-            self._answer(delivery, _result(operation, metrics=dict(outcome.metrics), logprobs=list(outcome.logprobs)))
-
-    async def step(self, deliveries: Sequence[Delivery[AnyOperation]]) -> None:
-        """Optimizer steps of several runs."""
-        operations = [_as(OptimStep, delivery) for delivery in deliveries]
-        outcomes = await self._engine.call(self._engine.engine.optim_step, {op.run: op.adam for op in operations})
-        for delivery, operation in zip(deliveries, operations, strict=True):
-            outcome = outcomes[operation.run]
             if outcome.error is not None:
-                self.refuse(delivery, outcome.error)
+                self.refuse(held.head, outcome.error)
             else:
-                self._answer(delivery, _result(operation, metrics=dict(outcome.metrics)))
+                self._metrics.tokens.labels(held.record.owner).inc(sum(len(datum.tokens) for datum in item.data))
+                if not piece.last:
+                    held.data_done = piece.stop
+                    continue
+                filled = {"metrics": dict(outcome.metrics), "logprobs": list(outcome.logprobs)}
+                self._answer(held.head, _result(held.head.message, **filled))
+            done.append(held)
+        return done
 
-    async def single(self, delivery: Delivery[AnyOperation], held: HeldRun) -> None:
+    async def step(self, runs: Sequence[HeldRun]) -> list[HeldRun]:
+        """Optimizer steps of several runs. Return whose heads are done."""
+        operations = [_as(OptimStep, held.head) for held in runs]
+        outcomes = await self._engine.call(self._engine.engine.optim_step, {op.run: op.adam for op in operations})
+        done = []
+        for held in runs:
+            outcome = outcomes[held.name]
+            if await self._again(held, outcome.error):
+                continue
+            if outcome.error is not None:
+                self.refuse(held.head, outcome.error)
+            else:
+                self._answer(held.head, _result(held.head.message, metrics=dict(outcome.metrics)))
+            done.append(held)
+        return done
+
+    async def _again(self, held: HeldRun, error: MeshError | None) -> bool:
+        """Whether to do a head again from its beginning: memory ran out, and another run has left to make room."""
+        if not (isinstance(error, NoRoom) and await self._places.make_room(held)):
+            return False
+        held.data_done = 0
+        return True
+
+    async def single(self, held: HeldRun) -> None:
         """Any other operation. Raise `TemporaryError` if it is to be tried again."""
+        delivery = held.head
         operation = delivery.message
         try:
             if isinstance(operation, CreateRun):
-                await self._create(operation)
+                await self._create(operation, held)
                 self._answer(delivery, _result(operation))
             elif isinstance(operation, SavePolicy):
                 self._answer(delivery, _result(operation, policy=await self._save_policy(operation, held)))
@@ -107,15 +131,15 @@ class Operations:
         """Answer with why it was not done."""
         operation = delivery.message
         self._metrics.operations.labels(_kind(operation), "failed").inc()
-        self._send(delivery, RequestFailed(request_id=operation.request_id, failure=failure_of(error)))
+        self._answers.send(delivery, RequestFailed(request_id=operation.request_id, failure=failure_of(error)))
 
-    async def _create(self, operation: CreateRun) -> None:
+    async def _create(self, operation: CreateRun, held: HeldRun) -> None:
         if operation.base_model != self._engine.engine.base_model:
             raise UserError(
                 f"run {operation.run}: base_model {operation.base_model!r} is not "
                 f"{self._engine.engine.base_model!r}, for which the run was placed"
             )
-        await self._engine.call(self._engine.engine.create_run, operation.run, operation.lora)
+        await self._places.create(held, operation.lora)
 
     async def _save_policy(self, operation: SavePolicy, held: HeldRun) -> PolicyRecord | None:
         key = (operation.run, str(operation.version))
@@ -164,28 +188,7 @@ class Operations:
 
     def _answer(self, delivery: Delivery[AnyOperation], result: OperationResult) -> None:
         self._metrics.operations.labels(_kind(delivery.message), "done").inc()
-        self._send(delivery, result)
-
-    def _send(self, delivery: Delivery[AnyOperation], result: Result) -> None:
-        sending = self._send_until_stored(result, json=delivery.json)
-        task = self._node.tasks.start(f"answer {result.request_id}", sending)
-        unsent = self._unsent.setdefault(delivery.message.run, set())
-        unsent.add(task)
-        task.add_done_callback(unsent.discard)
-
-    async def settled(self, run: str) -> None:
-        """Wait until all answers of a run are stored."""
-        if unsent := self._unsent.get(run):
-            await asyncio.wait(set(unsent))
-
-    async def _send_until_stored(self, result: Result, *, json: bool) -> None:
-        while True:
-            try:
-                await self._node.bus.answer(result, json=json)
-                return
-            except TemporaryError as error:
-                log.warning("answer %s waits: %s", result.request_id, error)
-                await asyncio.sleep(error.delay)
+        self._answers.send(delivery, result)
 
 
 OperationT = TypeVar("OperationT", ForwardBackward, OptimStep)
@@ -195,6 +198,18 @@ def _as(kind: type[OperationT], delivery: Delivery[AnyOperation]) -> OperationT:
     operation = delivery.message
     assert isinstance(operation, kind)
     return operation
+
+
+def _item(operation: ForwardBackward, piece: Piece) -> PassItem:
+    data = operation.data
+    return PassItem(
+        operation.run,
+        data[piece.first : piece.stop],
+        operation.loss,
+        operation.forward_only,
+        first=piece.first == 0,
+        rest=data[piece.stop :],
+    )
 
 
 def _kind(operation: AnyOperation) -> str:

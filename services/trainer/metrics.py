@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.trainer.held import HeldRun
+from services.trainer.residency import Level
 from shared.worker import SECONDS_BUCKETS
 
 
 class TrainerMetrics:
     """The trainer's metrics."""
 
-    def __init__(self, registry: CollectorRegistry, runs: Callable[[], int], backlog: Callable[[], int]) -> None:
-        """`runs` and `backlog` are asked whenever somebody reads the metrics."""
+    def __init__(self, registry: CollectorRegistry, held: Callable[[], Collection[HeldRun]]) -> None:
+        """`held`, the runs now held, is asked whenever somebody reads the metrics."""
+        self._registry = registry
+        self._held = held
         self.operations = Counter(
             "openrl_trainer_operations_total", "Operations by kind and outcome", ["op", "outcome"], registry=registry
         )
-        self.tokens = Counter("openrl_trainer_tokens_total", "Tokens trained", registry=registry)
+        self.tokens = Counter(
+            "openrl_trainer_tokens_total", "Tokens that went through passes", ["tenant"], registry=registry
+        )
+        self.passes = Counter("openrl_trainer_passes_total", "Forward and backward passes", registry=registry)
         self.busy_seconds = Counter("openrl_trainer_busy_seconds_total", "Time in the engine", registry=registry)
         self.pass_seconds = Histogram(
             "openrl_trainer_pass_seconds", "Forward and backward passes", buckets=SECONDS_BUCKETS, registry=registry
         )
         self.pass_runs = Histogram(
-            "openrl_trainer_pass_runs", "Runs in a pass", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
+            "openrl_trainer_pass_runs", "Runs in a pass", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), registry=registry
         )
         self.snapshots = Counter(
             "openrl_trainer_snapshots_total", "Snapshots by outcome", ["outcome"], registry=registry
         )
+        self.loads = Counter(
+            "openrl_trainer_loads_total", "Runs brought back to the device", ["source"], registry=registry
+        )
         self.leases_lost = Counter(
             "openrl_trainer_leases_lost_total", "Runs that somebody else took", registry=registry
         )
-        Gauge("openrl_trainer_runs", "Runs held", registry=registry).set_function(runs)
-        Gauge("openrl_trainer_backlog", "Operations read and not executed", registry=registry).set_function(backlog)
+        self._gauge("openrl_trainer_runs", "Runs held", lambda _: 1)
+        self._gauge("openrl_trainer_resident_runs", "On the device", lambda run: run.level is Level.DEVICE)
+        self._gauge("openrl_trainer_parked_runs", "In host memory", lambda run: run.level is Level.HOST)
+        self._gauge("openrl_trainer_evicted_runs", "Only in the blob store", lambda run: run.level is Level.STORE)
+        self._gauge("openrl_trainer_backlog", "Operations read and not executed", lambda run: len(run.backlog.waiting))
+        self._gauge("openrl_trainer_backlog_tokens", "Tokens of these operations", lambda run: run.tokens_waiting)
+
+    def _gauge(self, name: str, what: str, of: Callable[[HeldRun], int]) -> None:
+        """Declare the sum of something over the runs held."""
+        gauge = Gauge(name, what, registry=self._registry)
+        gauge.set_function(lambda: sum(of(run) for run in self._held()))

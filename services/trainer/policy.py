@@ -1,67 +1,33 @@
-"""What a trainer does next. Pure: plain data in, plain data out.
+"""What a trainer does next. Pure: plain data in, plain data out, no clock.
 
 A run's log is executed strictly in `seq` order. Over runs, cheap operations that somebody waits for go first, then all
-optimizer steps whose turn has come, then one pass over sequences of many runs, least recently served runs first, up to
-a token budget.
+optimizer steps whose turn has come, then one pass over sequences of many runs, up to a token budget. Which sequences
+those are, `services.trainer.fair` decides: tenants share the passes by weight. A forward and backward operation that
+is larger than what is left is cut between its data and goes on in later passes.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Generic, TypeVar
+from dataclasses import dataclass
 
+from services.trainer.fair import FairPasses, Piece
 from shared.contracts.training import AnyOperation, ForwardBackward, OptimStep
 
-T = TypeVar("T")
+CHEAP_IN_A_ROW = 8
+"""Cheap operations of one run between two passes that wait: more than any loop needs, and nobody can keep passes up."""
 
 
-class Offered(Enum):
-    """What became of an operation that was read from the log."""
+@dataclass(frozen=True)
+class Head:
+    """A run's next operation."""
 
-    WAITING = "waiting"
-    DONE_BEFORE = "done_before"
-    REPEATED = "repeated"
-    """The same seq is waiting already: a producer sent it twice."""
-
-
-@dataclass
-class Backlog(Generic[T]):
-    """One run's operations that have been read and not executed, whatever the order in which they came."""
-
-    next_seq: int = 0
-    """The seq to execute next."""
-    read_up_to: int = 0
-    """Place in the stream of the newest message that was read."""
-    waiting: dict[int, tuple[T, int]] = field(default_factory=dict)
-    """By seq: the operation and its place in the stream."""
-
-    def offer(self, seq: int, operation: T, place: int) -> Offered:
-        """Take in what was read at `place`."""
-        self.read_up_to = max(self.read_up_to, place)
-        if seq < self.next_seq:
-            return Offered.DONE_BEFORE
-        if seq in self.waiting:
-            return Offered.REPEATED
-        self.waiting[seq] = (operation, place)
-        return Offered.WAITING
-
-    @property
-    def head(self) -> T | None:
-        """The operation whose turn it is; None: it has not come yet."""
-        found = self.waiting.get(self.next_seq)
-        return found[0] if found else None
-
-    def done(self) -> None:
-        """The head has been executed."""
-        del self.waiting[self.next_seq]
-        self.next_seq += 1
-
-    @property
-    def replay_from(self) -> int:
-        """Place up to which every message read has been executed: a replay may begin behind it."""
-        return min((place for _, place in self.waiting.values()), default=self.read_up_to + 1) - 1
+    operation: AnyOperation
+    tenant: str
+    """Owner of the run."""
+    done: int = 0
+    """How many data of the operation earlier passes have had."""
 
 
 @dataclass(frozen=True)
@@ -72,34 +38,56 @@ class Turn:
     """Run whose head is executed by itself."""
     steps: tuple[str, ...] = ()
     """Runs whose optimizer steps are applied together."""
-    shared_pass: tuple[str, ...] = ()
-    """Runs whose heads go through one pass."""
+    pieces: tuple[Piece, ...] = ()
+    """Data of many runs' heads that go through one pass. A run is in it once."""
 
 
-def tokens_of(operation: ForwardBackward) -> int:
-    """Size of a pass, in tokens."""
-    return sum(len(datum.tokens) for datum in operation.data)
+def sizes_of(operation: ForwardBackward) -> list[int]:
+    """Tokens of each datum. What is empty counts 1, so that it has its turn, in which it is refused."""
+    return [max(1, len(datum.tokens)) for datum in operation.data] or [1]
 
 
-def next_turn(heads: Mapping[str, AnyOperation], last_served: Mapping[str, float], budget: int) -> Turn | None:
-    """Choose among the runs' heads. None: nothing to do.
+def tokens_of(operation: AnyOperation, done: int = 0) -> int:
+    """Tokens that an operation still takes through passes."""
+    return sum(sizes_of(operation)[done:]) if isinstance(operation, ForwardBackward) else 0
 
-    `last_served` orders runs in a pass; a run that is not in it comes first. A pass holds at least one run, and no
-    more than `budget` tokens beyond that.
-    """
-    passes = {run: head for run, head in heads.items() if isinstance(head, ForwardBackward)}
-    steps = tuple(run for run, head in heads.items() if isinstance(head, OptimStep))
-    others = [run for run in heads if run not in passes and run not in steps]
-    if others:
-        return Turn(single=min(others, key=lambda run: last_served.get(run, 0.0)))
-    if steps:
-        return Turn(steps=steps)
-    chosen: list[str] = []
-    used = 0
-    for run in sorted(passes, key=lambda run: last_served.get(run, 0.0)):
-        size = tokens_of(passes[run])
-        if chosen and used + size > budget:
-            break
-        chosen.append(run)
-        used += size
-    return Turn(shared_pass=tuple(chosen)) if chosen else None
+
+class Scheduler:
+    """Chooses turn after turn, and remembers what is fair next."""
+
+    def __init__(self, budget: int, weights: Mapping[str, float]) -> None:
+        """`budget` is the tokens of a pass; `weights` of tenants are 1 where none is given."""
+        self._fair = FairPasses(budget, weights)
+        self._cheap: Counter[str] = Counter()
+        self._singles: dict[str, int] = {}
+        self._turn = 0
+
+    def next_turn(self, heads: Mapping[str, Head]) -> Turn | None:
+        """Choose among the runs' heads. None: nothing to do. What is chosen counts as done."""
+        self._turn += 1
+        passes = {run: head for run, head in heads.items() if isinstance(head.operation, ForwardBackward)}
+        cheap = [run for run in heads if run not in passes and not (passes and self._cheap[run] >= CHEAP_IN_A_ROW)]
+        steps = tuple(run for run in cheap if isinstance(heads[run].operation, OptimStep))
+        others = [run for run in cheap if run not in steps]
+        if others:
+            return self._single(min(others, key=lambda run: self._singles.get(run, 0)))
+        if steps:
+            self._cheap.update(steps)
+            return Turn(steps=steps)
+        return self._pass(passes) if passes else None
+
+    def forget(self, run: str) -> None:
+        """The run has gone."""
+        self._singles.pop(run, None)
+        self._fair.forget(run)
+
+    def _single(self, run: str) -> Turn:
+        self._singles[run] = self._turn
+        self._cheap[run] += 1
+        return Turn(single=run)
+
+    def _pass(self, heads: Mapping[str, Head]) -> Turn:
+        self._cheap.clear()
+        tenants = {run: head.tenant for run, head in heads.items()}
+        sizes = {run: sizes_of(head.operation) for run, head in heads.items()}  # type: ignore[arg-type]
+        return Turn(pieces=self._fair.next_pass(tenants, sizes, {run: head.done for run, head in heads.items()}))

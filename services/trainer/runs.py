@@ -1,4 +1,4 @@
-"""The runs that a trainer holds: claimed by lease, brought back from snapshot and log, written down, let go.
+"""The runs that a trainer holds: claimed by lease, their logs read, let go.
 
 Runs are claimed by trainers rather than placed by somebody: a killed trainer's runs are taken over as soon as its
 leases have expired, without anybody to notice and decide.
@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
-import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 
+from services.trainer.backlog import Backlog, Offered
 from services.trainer.config import TrainerConfig
 from services.trainer.engine_thread import EngineThread
+from services.trainer.held import HeldRun
 from services.trainer.metrics import TrainerMetrics
-from services.trainer.policy import Backlog, Offered
+from services.trainer.residency import Level
+from services.trainer.snapshots import Snapshots
 from shared import topology
 from shared.bus import Delivery
-from shared.contracts.training import AnyOperation, RunRecord, SnapshotRecord
-from shared.errors import MeshError, PermanentError
+from shared.contracts.training import AnyOperation, RunRecord
+from shared.errors import MeshError
 from shared.leases import Key, Leases
 from shared.node import Node
 from shared.tasks import cancelled
@@ -31,26 +31,8 @@ log = logging.getLogger(__name__)
 CLAIM_SECONDS = 1.0
 
 
-@dataclass
-class HeldRun:
-    """A run in this trainer's memory."""
-
-    record: RunRecord
-    revision: int
-    backlog: Backlog[Delivery[AnyOperation]]
-    broken: MeshError | None = None
-    """Why it cannot be worked on; every operation is answered with this."""
-    done_since_snapshot: int = 0
-    snapshot_at: float = field(default_factory=time.monotonic)
-    not_before: float = 0.0
-    """Monotonic time until which its head waits after a temporary error."""
-    reader: asyncio.Task[None] | None = None
-    room: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when an operation left the backlog."""
-
-
 class Runs:
-    """Claims runs, reads their logs, writes their snapshots."""
+    """Claims runs and reads their logs."""
 
     def __init__(
         self,
@@ -58,22 +40,26 @@ class Runs:
         config: TrainerConfig,
         engine: EngineThread,
         metrics: TrainerMetrics,
+        held: dict[str, HeldRun],
+        snapshots: Snapshots,
         on_repeated: Callable[[Delivery[AnyOperation]], Awaitable[None]],
-        settled: Callable[[str], Awaitable[None]],
+        on_gone: Callable[[str], None],
     ) -> None:
-        """`on_repeated` answers an operation that was executed before this trainer read it.
+        """Keep the runs in `held`.
 
-        `settled` waits until all answers of a run are stored.
+        `on_repeated` answers an operation that was executed before this trainer read it. `on_gone` hears of each run
+        that is no longer held.
         """
-        self.held: dict[str, HeldRun] = {}
+        self.held = held
         self.work = asyncio.Event()
         """Set when there may be something new to execute."""
         self._node = node
         self._config = config
         self._engine = engine
         self._metrics = metrics
+        self._snapshots = snapshots
         self._on_repeated = on_repeated
-        self._settled = settled
+        self._on_gone = on_gone
         self._table = node.bus.table(topology.RUNS)
         self._known: dict[str, RunRecord] = {}
         self._leases = Leases(node.bus, node.replica, node.tasks, self._lost)
@@ -91,53 +77,10 @@ class Runs:
     async def stop(self) -> None:
         """Write down and let go of everything, and claim nothing more."""
         await cancelled(self._looking)
-        for name in list(self.held):
-            held = self.held[name]
-            if held.done_since_snapshot and held.broken is None:
-                await self.write_snapshot(name)
+        for name, held in list(self.held.items()):
+            if self._snapshots.is_needed(held):
+                await self._snapshots.write(held)
             await self._let_go(name)
-
-    async def write_snapshot(self, name: str) -> None:
-        """Write a run's state to the blob store, then cut its log up to there. Never raises `MeshError`."""
-        held = self.held[name]
-        seq, place = held.backlog.next_seq - 1, held.backlog.replay_from
-        await self._settled(name)  # what is cut off the log can never be answered again
-        try:
-            state = await self._engine.call(self._engine.engine.snapshot, name)
-            ref = await self._node.blobs.put(_state_key(name, seq, state), state)
-            before = held.record.snapshot
-            if await self._record_snapshot(held, SnapshotRecord(seq=seq, stream_seq=place, state=ref)):
-                held.done_since_snapshot, held.snapshot_at = 0, time.monotonic()
-                self._metrics.snapshots.labels("written").inc()
-                await self._node.bus.purge(topology.OPERATIONS, up_to=place, run=name)
-                if before is not None and before.state.key != ref.key:
-                    await self._node.blobs.delete(before.state.key)
-        except MeshError as error:
-            # The log still has everything since the snapshot before: recovery is only slower.
-            self._metrics.snapshots.labels("failed").inc()
-            held.snapshot_at = time.monotonic()
-            log.warning("snapshot of run %s could not be written: %s", name, error)
-
-    def snapshot_is_due(self, name: str) -> bool:
-        """Whether enough was done since the last one."""
-        held = self.held[name]
-        old = time.monotonic() - held.snapshot_at > self._config.snapshot_seconds
-        return held.done_since_snapshot >= self._config.snapshot_operations or (old and held.done_since_snapshot > 0)
-
-    async def _record_snapshot(self, held: HeldRun, snapshot: SnapshotRecord) -> bool:
-        """Point the run's record to a snapshot, unless the run is no longer ours."""
-        name = held.record.run
-        while self.held.get(name) is held:
-            record = _with_snapshot(held.record, snapshot)
-            revision = await self._table.update(name, record, held.revision)
-            if revision is not None:
-                held.record, held.revision = record, revision
-                return True
-            entry = await self._table.get(name)  # its owner changed it meanwhile, for instance closed it
-            if entry is None or entry.value.snapshot != held.record.snapshot:
-                return False  # somebody else holds the run, and has written a snapshot of it
-            held.record, held.revision = entry.value, entry.revision
-        return False
 
     async def _watch(self) -> None:
         async for change in self._table.changes():
@@ -175,23 +118,10 @@ class Runs:
             self._known.pop(name, None)
             await self._leases.release(("run", name))
             return
-        work = self._restored(entry.value, entry.revision)
-        held = await self._leases.releasing_on_error(("run", name), work)
+        held = _unloaded(entry.value, entry.revision)
         self.held[name] = held
         log.info("run %s is ours, from operation %d", name, held.backlog.next_seq)
         held.reader = self._node.tasks.start(f"log of {name}", self._read(name, held))
-
-    async def _restored(self, record: RunRecord, revision: int) -> HeldRun:
-        if (snapshot := record.snapshot) is None:
-            return HeldRun(record, revision, Backlog())
-        held = HeldRun(record, revision, Backlog(next_seq=snapshot.seq + 1, read_up_to=snapshot.stream_seq))
-        try:
-            state = await self._node.blobs.get(snapshot.state)
-            await self._engine.call(self._engine.engine.restore, record.run, state)
-        except PermanentError as error:
-            log.error("run %s cannot be brought back: %s", record.run, error)
-            held.broken = error
-        return held
 
     async def _read(self, name: str, held: HeldRun) -> None:
         async for delivery in self._node.bus.follow(topology.OPERATIONS, after=held.backlog.read_up_to, run=name):
@@ -217,22 +147,15 @@ class Runs:
         held = self.held.pop(name, None)
         if held is None:
             return
+        self._on_gone(name)
         if held.reader is not None:
             await cancelled([held.reader])
         await self._engine.call(self._engine.engine.drop_run, name)
 
 
-def _with_snapshot(record: RunRecord, snapshot: SnapshotRecord) -> RunRecord:
-    return RunRecord(
-        run=record.run,
-        base_model=record.base_model,
-        lora=record.lora,
-        owner=record.owner,
-        snapshot=snapshot,
-        closed=record.closed,
-    )
-
-
-def _state_key(run: str, seq: int, state: bytes) -> str:
-    # The content is in the name: a replay that comes to the same seq with another last bit does not collide.
-    return f"snapshots/{topology.token(run)}/{seq}-{hashlib.sha256(state).hexdigest()[:12]}.safetensors"
+def _unloaded(record: RunRecord, revision: int) -> HeldRun:
+    """The run as its record has it; its state is read when it is first needed."""
+    if (snapshot := record.snapshot) is None:
+        return HeldRun(record, revision, Backlog())
+    backlog: Backlog[Delivery[AnyOperation]] = Backlog(next_seq=snapshot.seq + 1, read_up_to=snapshot.stream_seq)
+    return HeldRun(record, revision, backlog, level=Level.STORE, size=snapshot.state.size)

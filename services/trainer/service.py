@@ -6,6 +6,7 @@
 | claims | runs that nobody holds | a lease | expiry of a killed trainer's lease |
 | log, one a run | `rl.v1.train.<run>` behind the snapshot | room in the backlog | an executed operation |
 | execution | the backlogs of all runs | the next seq of any run; the engine | a log reader |
+| places | runs that have been idle, runs beyond the limits | a second; the end of what is being executed | the clock |
 | leases | - | a quarter of their time to live | the clock |
 
 One thread computes (`EngineThread`); everything else is in the event loop.
@@ -19,22 +20,27 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from services.trainer.answers import Answers
 from services.trainer.config import TrainerConfig
 from services.trainer.engine_thread import EngineThread
 from services.trainer.engines.base import TrainerEngine
+from services.trainer.fair import Piece
 from services.trainer.handlers import Operations
+from services.trainer.held import HeldRun
 from services.trainer.metrics import TrainerMetrics
-from services.trainer.policy import Turn, next_turn
+from services.trainer.places import Places
+from services.trainer.policy import Head, Scheduler, Turn
 from services.trainer.runs import Runs
+from services.trainer.snapshots import Snapshots
 from shared import observe
-from shared.bus import Delivery
-from shared.contracts.training import AnyOperation
+from shared.contracts.training import AnyOperation, OptimStep
 from shared.errors import TemporaryError
 from shared.node import Node
 
 log = logging.getLogger(__name__)
 
 RETRY_LOOK = 0.2
+TIDY_SECONDS = 1.0
 
 
 class TrainerService:
@@ -49,20 +55,33 @@ class TrainerService:
         self._config = config
         self._node = node
         self._engine = EngineThread(lambda: make_engine(config))
-        self._metrics = TrainerMetrics(node.telemetry.registry, lambda: len(self._runs.held), self._backlog)
-        self._operations = Operations(node, self._engine, self._metrics)
+        held: dict[str, HeldRun] = {}
+        self._held = held
+        self._scheduler = Scheduler(config.max_pass_tokens, config.tenant_weights)
+        self._metrics = TrainerMetrics(node.telemetry.registry, held.values)
+        answers = Answers(node)
+        snapshots = Snapshots(node, config, self._engine, self._metrics, held, answers.settled)
+        self._snapshots = snapshots
+        self._places = Places(config, self._engine, self._metrics, held, snapshots)
+        self._operations = Operations(node, self._engine, self._metrics, self._places, answers)
         self._runs = Runs(
-            node, config, self._engine, self._metrics, self._operations.repeated, self._operations.settled
+            node,
+            config,
+            self._engine,
+            self._metrics,
+            held,
+            snapshots,
+            self._operations.repeated,
+            self._scheduler.forget,
         )
-        self._last_served: dict[str, float] = {}
         self._stopping = asyncio.Event()
         self._executing = asyncio.Lock()
         self._doing = ""
 
     def activity(self) -> str:
         """See `Service.activity`."""
-        waiting = self._backlog()
-        runs = f"{len(self._runs.held)} runs"
+        waiting = sum(len(held.backlog.waiting) for held in self._held.values())
+        runs = f"{len(self._held)} runs"
         return f"{self._doing}, {runs}, {waiting} waiting" if self._doing else f"idle, {runs}"
 
     async def start(self) -> None:
@@ -70,6 +89,7 @@ class TrainerService:
         await self._engine.start()
         self._runs.start()
         self._node.tasks.start("execution", self._execute())
+        self._node.tasks.start("places", self._tidy_for_ever())
 
     async def stop(self) -> None:
         """Finish the operation that runs, write down all runs, release them."""
@@ -78,14 +98,11 @@ class TrainerService:
             await self._runs.stop()
         self._engine.close()
 
-    def _backlog(self) -> int:
-        return sum(len(held.backlog.waiting) for held in self._runs.held.values())
-
     async def _execute(self) -> None:
         while not self._stopping.is_set():
             self._runs.work.clear()  # before looking: what comes from now on wakes us
             async with self._executing:
-                turn = next_turn(self._heads(), self._last_served, self._config.max_pass_tokens)
+                turn = self._scheduler.next_turn(self._heads())
                 if turn is not None:
                     started = time.monotonic()
                     await self._take(turn)
@@ -95,76 +112,80 @@ class TrainerService:
                 async with asyncio.timeout(RETRY_LOOK if self._anything_waits() else None):
                     await self._runs.work.wait()
 
-    def _heads(self) -> dict[str, AnyOperation]:
+    def _heads(self) -> dict[str, Head]:
         """The operations whose turn it is, of runs that are not waiting after a temporary error."""
         now = time.monotonic()
         return {
-            name: held.backlog.head.message
-            for name, held in self._runs.held.items()
+            name: Head(held.head.message, held.record.owner, held.data_done)
+            for name, held in self._held.items()
             if held.backlog.head is not None and held.not_before <= now
         }
 
     def _anything_waits(self) -> bool:
-        return any(held.backlog.head is not None for held in self._runs.held.values())
+        return any(held.backlog.head is not None for held in self._held.values())
 
     async def _take(self, turn: Turn) -> None:
-        names = (turn.single,) if turn.single else turn.steps or turn.shared_pass
-        able = [name for name in names if self._answered_if_broken(name)]
+        pieces = {piece.run: piece for piece in turn.pieces}
+        runs = [self._held[name] for name in pieces or turn.steps or (turn.single,)]
+        waiting = runs
+        while waiting := [held for held in waiting if self._can_go_on(held)]:
+            ready = await self._places.bring(waiting)  # what is left out waits until these have been served
+            waiting = [held for held in waiting if held not in ready]
+            for held in await self._run([held for held in ready if self._is_ours(held)], pieces):
+                await self._finish(held)
+        for held in runs:
+            if held.broken is not None and self._is_ours(held):
+                self._operations.refuse(held.head, held.broken)
+                held.finish_head()
+
+    async def _finish(self, held: HeldRun) -> None:
+        if self._is_ours(held):
+            held.finish_head()
+            if self._snapshots.is_due(held):
+                await self._snapshots.write(held)
+
+    def _can_go_on(self, held: HeldRun) -> bool:
+        return self._is_ours(held) and held.broken is None and held.not_before <= time.monotonic()
+
+    async def _run(self, runs: list[HeldRun], pieces: dict[str, Piece]) -> list[HeldRun]:
+        """Execute the heads of runs, or pieces of them, and return whose are done."""
+        if not runs:
+            return []
+        self._doing = f"{_verb(runs[0].head.message)} {len(runs)} runs"
         try:
-            if able:
-                await self._run(turn, able)
+            if pieces:
+                return await self._operations.run_pass(runs, [pieces[held.name] for held in runs])
+            if isinstance(runs[0].head.message, OptimStep):
+                return await self._operations.step(runs)
+            return [held for held in runs if await self._run_single(held)]
         finally:
             self._doing = ""
-        for name in names:
-            self._last_served[name] = time.monotonic()
-            if name in self._runs.held and self._runs.snapshot_is_due(name):
-                await self._runs.write_snapshot(name)
 
-    async def _run(self, turn: Turn, names: list[str]) -> None:
-        deliveries = [self._head(name) for name in names]
-        if turn.single:
-            with observe.bound(run=turn.single, request=deliveries[0].message.request_id):
-                if not await self._run_single(turn.single, deliveries[0]):
-                    return
-        elif turn.steps:
-            self._doing = f"stepping {len(names)} runs"
-            await self._operations.step(deliveries)
-        else:
-            self._doing = f"training {len(names)} runs"
-            await self._operations.run_pass(deliveries)
-        for name in names:
-            self._done(name)
-
-    async def _run_single(self, name: str, delivery: Delivery[AnyOperation]) -> bool:
+    async def _run_single(self, held: HeldRun) -> bool:
         """False: it is to be tried again later."""
-        self._doing = type(delivery.message).__name__
-        held = self._runs.held[name]
-        try:
-            await self._operations.single(delivery, held)
-        except TemporaryError as error:
-            held.not_before = time.monotonic() + error.delay
-            log.warning("run %s waits: %s", name, error)
-            return False
+        operation = held.head.message
+        with observe.bound(run=held.name, request=operation.request_id):
+            try:
+                await self._operations.single(held)
+            except TemporaryError as error:
+                held.not_before = time.monotonic() + error.delay
+                log.warning("run %s waits: %s", held.name, error)
+                return False
         return True
 
-    def _head(self, name: str) -> Delivery[AnyOperation]:
-        head = self._runs.held[name].backlog.head
-        assert head is not None
-        return head
+    def _is_ours(self, held: HeldRun) -> bool:
+        """Whether the lease is still there. If it went while the engine computed, what was done counts for nobody."""
+        return self._held.get(held.name) is held
 
-    def _done(self, name: str) -> None:
-        # The lease may have gone while the engine was computing; then the result counts for nobody.
-        if (held := self._runs.held.get(name)) is not None:
-            held.backlog.done()
-            held.room.set()
-            held.done_since_snapshot += 1
+    async def _tidy_for_ever(self) -> None:
+        while not self._stopping.is_set():
+            await asyncio.sleep(TIDY_SECONDS)
+            more = True
+            while more and not self._stopping.is_set():
+                async with self._executing:
+                    more = await self._places.tidy()
 
-    def _answered_if_broken(self, name: str) -> bool:
-        """False: the run could not be brought back, and its head has been answered with the reason."""
-        held = self._runs.held[name]
-        if held.broken is None:
-            return True
-        self._operations.refuse(self._head(name), held.broken)
-        held.backlog.done()
-        held.room.set()
-        return False
+
+def _verb(operation: AnyOperation) -> str:
+    verbs = {"ForwardBackward": "training", "OptimStep": "stepping", "CreateRun": "creating"}
+    return verbs.get(type(operation).__name__, "saving")

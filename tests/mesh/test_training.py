@@ -3,67 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 
 from shared import topology
 from shared.bus import Bus
 from shared.contracts.arrays import Float32s, Int32s
-from shared.contracts.policies import LoraSpec, PolicyRef
+from shared.contracts.policies import PolicyRef
 from shared.contracts.sampling import SampleRequest, SampleResult, SamplingParams
 from shared.contracts.training import (
-    AdamParams,
-    AnyOperation,
-    CreateRun,
-    Datum,
-    ForwardBackward,
-    LossSpec,
-    OperationResult,
-    OptimStep,
-    RunRecord,
     SavePolicy,
     SaveState,
 )
 from shared.errors import UserError
 from tests.mesh.harness import MODEL, Place
-
-LORA = LoraSpec(rank=16, seed=1, train_unembed=True)
-
-
-class Producer:
-    """Writes one run's log as a gateway would."""
-
-    def __init__(self, bus: Bus, run: str) -> None:
-        self.bus = bus
-        self.run = run
-        self.seq = 0
-
-    async def create(self) -> OperationResult:
-        await self.bus.table(topology.RUNS).create(self.run, RunRecord(run=self.run, base_model=MODEL, lora=LORA))
-        return await self.send(self.make(CreateRun, base_model=MODEL, lora=LORA))
-
-    def make(self, kind: type[AnyOperation], **fields: Any) -> AnyOperation:
-        operation = kind(run=self.run, seq=self.seq, request_id=self.bus.new_request(), **fields)
-        self.seq += 1
-        return operation
-
-    async def send(self, operation: AnyOperation) -> OperationResult:
-        msg_id = f"{operation.run}/{operation.seq}"
-        result = await self.bus.ask(topology.OPERATIONS, operation, msg_id=msg_id, timeout=30, run=self.run)
-        assert isinstance(result, OperationResult)
-        return result
-
-    def train(self, tokens: list[int], **fields: Any) -> AnyOperation:
-        datum = Datum(tokens=Int32s(tokens[:-1]), targets=Int32s(tokens[1:]))
-        return self.make(ForwardBackward, data=[datum], loss=LossSpec(name="cross_entropy"), **fields)
-
-    def step(self) -> AnyOperation:
-        return self.make(OptimStep, adam=AdamParams(learning_rate=0.02))
-
-    async def learn(self, tokens: list[int], *, steps: int) -> None:
-        operations = [operation for _ in range(steps) for operation in (self.train(tokens), self.step())]
-        await asyncio.gather(*(self.send(operation) for operation in operations))
+from tests.mesh.producer import Producer
 
 
 async def sample(bus: Bus, policy: PolicyRef | None, prompt: list[int]) -> SampleResult:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.trainer.policy import Backlog, Offered, next_turn
+from services.trainer.backlog import Backlog, Offered
+from services.trainer.policy import CHEAP_IN_A_ROW, Head, Scheduler, Turn, sizes_of
 from shared.contracts.arrays import Int32s
 from shared.contracts.training import AnyOperation, Datum, ForwardBackward, LossSpec, OptimStep, SavePolicy
 
@@ -57,44 +58,128 @@ def test_a_missing_seq_holds_up_only_its_run() -> None:
     assert backlog.head is None
 
 
+def test_a_message_that_cannot_be_read_uses_up_its_seq() -> None:
+    backlog: Backlog[str] = Backlog()
+    backlog.offer(1, None, 1)
+    backlog.offer(2, "later", 2)
+    found = [backlog.head]
+    backlog.offer(0, "first", 3)
+    backlog.done()
+    found.append(backlog.head)
+    assert found == [None, "later"]
+    assert backlog.next_seq == 2
+
+
+@given(st.permutations(range(8)), st.sets(st.integers(0, 7)))
+def test_holes_are_stepped_over_wherever_they_are(order: list[int], holes: set[int]) -> None:
+    backlog: Backlog[int] = Backlog()
+    executed: list[int] = []
+    for place, seq in enumerate(order, start=1):
+        backlog.offer(seq, None if seq in holes else seq, place)
+        while (head := backlog.head) is not None:
+            executed.append(head)
+            backlog.done()
+    assert executed == [seq for seq in range(8) if seq not in holes]
+    assert (backlog.next_seq, backlog.replay_from, backlog.is_stuck) == (8, 8, False)
+
+
+def test_a_missing_seq_makes_a_backlog_stuck_until_it_comes() -> None:
+    backlog: Backlog[str] = Backlog()
+    backlog.pass_over(1)
+    assert not backlog.is_stuck, "nothing waits"
+    backlog.offer(1, "later", 2)
+    assert backlog.is_stuck
+
+
+def heads(**operations: AnyOperation) -> dict[str, Head]:
+    return {run: Head(operation, tenant=run) for run, operation in operations.items()}
+
+
+def turn_of(scheduler: Scheduler, waiting: dict[str, Head]) -> Turn:
+    turn = scheduler.next_turn(waiting)
+    assert turn is not None
+    return turn
+
+
+def save(run: str) -> SavePolicy:
+    return SavePolicy(run=run, seq=3, request_id="q", version=1)
+
+
 def test_nothing_to_do_is_no_turn() -> None:
-    assert next_turn({}, {}, 100) is None
+    assert Scheduler(100, {}).next_turn({}) is None
 
 
 def test_saving_goes_before_steps_and_steps_before_passes() -> None:
-    heads: dict[str, AnyOperation] = {
-        "a": train("a", 5),
-        "b": step("b"),
-        "c": SavePolicy(run="c", seq=3, request_id="q", version=1),
-        "d": step("d"),
-    }
-    turn = next_turn(heads, {}, 100)
-    assert turn is not None
-    assert turn.single == "c"
-    del heads["c"]
-    turn = next_turn(heads, {}, 100)
-    assert turn is not None
-    assert turn.steps == ("b", "d")
+    waiting = heads(a=train("a", 5), b=step("b"), c=save("c"), d=step("d"))
+    scheduler = Scheduler(100, {})
+    assert turn_of(scheduler, waiting).single == "c"
+    del waiting["c"]
+    assert turn_of(scheduler, waiting).steps == ("b", "d")
+    del waiting["b"], waiting["d"]
+    assert [piece.run for piece in turn_of(scheduler, waiting).pieces] == ["a"]
 
 
-def test_a_pass_takes_runs_up_to_its_budget_least_recently_served_first() -> None:
-    heads: dict[str, AnyOperation] = {name: train(name, 40) for name in "abcd"}
-    turn = next_turn(heads, {"a": 4.0, "b": 1.0, "c": 3.0, "d": 2.0}, 100)
-    assert turn is not None
-    assert turn.shared_pass == ("b", "d")
+def test_an_operation_larger_than_the_budget_leaves_room_for_others() -> None:
+    scheduler = Scheduler(100, {})
+    large = ForwardBackward(
+        run="a", seq=1, request_id="q", data=train("a", 40).data * 5, loss=LossSpec(name="cross_entropy")
+    )
+    waiting = heads(a=large, b=train("b", 15))
+    first = {piece.run: piece for piece in turn_of(scheduler, waiting).pieces}
+    assert (first["a"].first, first["a"].stop, first["a"].last) == (0, 2, False)
+    assert first["b"].last
 
 
-def test_a_run_larger_than_the_budget_is_not_left_out() -> None:
-    turn = next_turn({"a": train("a", 500)}, {}, 100)
-    assert turn is not None
-    assert turn.shared_pass == ("a",)
+def test_an_operation_without_data_has_its_turn() -> None:
+    empty = ForwardBackward(run="a", seq=1, request_id="q", data=[], loss=LossSpec(name="cross_entropy"))
+    (piece,) = turn_of(Scheduler(100, {}), heads(a=empty)).pieces
+    assert piece.last
+    assert empty.data[piece.first : piece.stop] == []
 
 
-@given(st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 120), min_size=1))
-def test_every_waiting_run_is_served_within_as_many_passes_as_there_are_runs(sizes: dict[str, int]) -> None:
-    served: dict[str, float] = {}
-    for clock in range(len(sizes)):
-        turn = next_turn({name: train(name, size) for name, size in sizes.items()}, served, 100)
-        assert turn is not None
-        served.update(dict.fromkeys(turn.shared_pass, float(clock + 1)))
-    assert set(served) == set(sizes)
+def test_a_datum_larger_than_the_budget_gets_a_pass_of_its_own() -> None:
+    scheduler = Scheduler(100, {})
+    waiting = heads(a=train("a", 60), b=train("b", 500))
+    runs = [tuple(piece.run for piece in turn_of(scheduler, waiting).pieces) for _ in range(4)]
+    assert {("a",), ("b",)} == set(runs)
+
+
+def test_cheap_operations_without_end_do_not_keep_a_pass_up() -> None:
+    scheduler = Scheduler(100, {})
+    waiting = heads(a=train("a", 5), b=save("b"), c=step("c"))
+    turns = [turn_of(scheduler, waiting) for _ in range(2 * CHEAP_IN_A_ROW + 1)]
+    assert all(not turn.pieces for turn in turns[:-1])
+    assert turns[-1].pieces
+    assert turn_of(scheduler, waiting).single == "b"
+
+
+SAVE, STEP, TRAIN = "save", "step", "train"
+
+
+def made(kind: str, run: str, size: int) -> AnyOperation:
+    return save(run) if kind == SAVE else step(run) if kind == STEP else train(run, size)
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([SAVE, STEP, TRAIN]), max_size=12), min_size=1, max_size=6),
+    st.integers(1, 60),
+)
+def test_a_step_goes_as_soon_as_its_turn_comes_and_everything_goes_once(logs: list[list[str]], size: int) -> None:
+    scheduler = Scheduler(100, {"t0": 3.0})
+    left = {f"r{index}": [(kind, made(kind, f"r{index}", size)) for kind in kinds] for index, kinds in enumerate(logs)}
+    for _ in range(sum(map(len, logs))):
+        waiting = {run: Head(log[0][1], tenant=f"t{int(run[1]) % 2}") for run, log in left.items() if log}
+        if (turn := scheduler.next_turn(waiting)) is None:
+            break
+        ready = [run for run, log in left.items() if log and log[0][0] == STEP]
+        if turn.steps:
+            assert set(turn.steps) <= set(ready)
+        elif turn.pieces and max(map(len, logs)) <= CHEAP_IN_A_ROW:
+            assert not ready, "no pass goes before a step whose turn has come"
+        for run in (turn.single,) if turn.single else turn.steps or [piece.run for piece in turn.pieces]:
+            left[run].pop(0)
+    assert not any(left.values())
+
+
+def test_what_is_empty_counts_as_a_token() -> None:
+    assert sizes_of(train("a", 0)) == [1]

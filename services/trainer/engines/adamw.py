@@ -18,11 +18,9 @@ class Moments:
     square: Tensor
 
 
-def clipped(gradient: Tensor, norm: float, limit: float) -> Tensor:
+def clipped(gradient: Tensor, norm: Tensor, limit: float) -> Tensor:
     """Scale a gradient of this L2 norm down to `limit`, as `torch.nn.utils.clip_grad_norm_` does; 0: no limit."""
-    if not limit or norm + 1e-6 <= limit:
-        return gradient
-    return gradient * (limit / (norm + 1e-6))
+    return gradient * (limit / (norm + 1e-6)).clamp(max=1.0) if limit else gradient
 
 
 def adamw(weights: Tensor, gradient: Tensor, moments: Moments, step: int, adam: AdamParams) -> tuple[Tensor, Moments]:

@@ -15,8 +15,10 @@ from services.trainer.engines.base import PassItem, PassOutcome, StepOutcome
 from services.trainer.engines.batch import Batch, Limits, check_batch
 from services.trainer.engines.body import AdaptedModel, Body
 from services.trainer.engines.fused.layers import FusedLayers, FusedOptions, supported
+from services.trainer.engines.keeper import Keeper
 from services.trainer.engines.passes import PassRunner, PassSettings
-from services.trainer.engines.run_state import RunState
+from services.trainer.engines.pending import Pending
+from services.trainer.engines.run_state import NewState, RunState
 from services.trainer.engines.state_file import read_state, write_state
 from services.trainer.engines.work import Work
 from shared.contracts.arrays import Float32s
@@ -26,7 +28,10 @@ from shared.errors import MeshError, PermanentError, UserError
 from shared.models.adapter_files import to_peft
 from shared.models.loading import load_base
 from shared.models.lora import Adapter, AdapterBank
+from shared.models.losses import Loss
 
+STEPS_AT_A_TIME = 16
+"""Runs whose next state is held beside the present one."""
 LARGEST_SETTING = 1e6
 """Of learning rate, eps and weight decay: far beyond use, and far below where their products leave fp32."""
 
@@ -68,7 +73,8 @@ class TorchTrainerEngine:
             head_rows=max(1, (max_logits or 2 ** (28 if cuda else 24)) // vocabulary),
         )
         self._runner = PassRunner(self._body(fused, share_prefixes=share_prefixes), self._model, self._bank, settings)
-        self._states: dict[str, RunState] = {}
+        self._keeper = Keeper(self._bank, self._device)
+        self._states = self._keeper.states
 
     def _body(self, fused: FusedOptions | None, *, share_prefixes: bool) -> Body:
         if fused is not None and supported(self._model):
@@ -88,14 +94,10 @@ class TorchTrainerEngine:
         return frozenset(self._states)
 
     def create_run(self, run: str, lora: LoraSpec) -> None:
-        """Begin a run with a fresh adapter. Raise `UserError` if it exists, trains nothing or finds no memory."""
+        """Begin a run with a fresh adapter. Raise `NoRoom`, or `UserError` if it exists or trains nothing."""
         if run in self._states:
             raise UserError(f"run {run!r} exists already: choose another name or drop it first")
-        try:
-            self._hold(run, RunState(Adapter.fresh(self._model, lora)))
-        except torch.OutOfMemoryError:
-            self.drop_run(run)
-            raise UserError(f"no memory is left on {self._device} for run {run!r} of rank {lora.rank}") from None
+        self._keeper.hold(run, lambda: RunState(Adapter.fresh(self._model, lora)))
 
     def forward_backward(self, items: Sequence[PassItem]) -> list[PassOutcome]:
         """Run sequences of many runs through packed passes; gradients add to each run's own."""
@@ -105,7 +107,10 @@ class TorchTrainerEngine:
         if batches:
             work = Work(batches, self._device)
             self._runner.run(work, self._states)
-            outcomes = {batch.run: self._settle(work, batch, places) for batch, places in work.places_by_run()}
+            work.to_host()
+            lasts = {item.run: not item.rest for item in items}
+            for batch, places in work.places_by_run():
+                outcomes[batch.run] = self._settle(work, batch, places, last=lasts[batch.run])
         return [outcomes[each.run] if isinstance(each, Batch) else PassOutcome(error=each) for each in checked]
 
     def _check(self, items: Sequence[PassItem]) -> list[Batch | MeshError]:
@@ -114,69 +119,109 @@ class TorchTrainerEngine:
         seen: set[str] = set()
         for item in items:
             try:
-                self._state(item.run)
+                self._keeper.here(item.run)
                 if item.run in seen:
                     raise UserError(f"run {item.run!r} appears twice in a pass")
-                checked.append(check_batch(item, self._limits))
+                checked.append(self._begun(item))
                 seen.add(item.run)
             except UserError as error:
                 checked.append(error)
         return checked
 
-    def _settle(self, work: Work, batch: Batch, places: slice) -> PassOutcome:
-        """Add a run's gradient to what it has gathered, unless anything is not finite."""
-        if batch.run in work.failures:
-            return PassOutcome(error=work.failures[batch.run])
-        logprobs = work.logprobs[places]
-        metrics = batch.loss.metrics(logprobs, work.given[places])
-        if not (math.isfinite(metrics["loss:sum"]) and logprobs.isfinite().all()):
-            return PassOutcome(error=_not_finite(f"the loss is {metrics['loss:sum']}"))
+    def _begun(self, item: PassItem) -> Batch:
+        """Check an item: at its first part the whole operation, so that no pass is spent on one that will fail."""
+        state = self._states[item.run]
+        pending, state.pending = state.pending, None
+        if item.first:
+            pending = None
+            if item.rest:
+                check_batch(dataclasses.replace(item, data=[*item.data, *item.rest]), self._limits)
+        elif pending is None:
+            raise UserError(f"run {item.run!r} has no earlier part of this operation: send it from the beginning")
+        batch = check_batch(item, self._limits)
+        state.pending = pending
+        return batch
+
+    def _settle(self, work: Work, batch: Batch, places: slice, *, last: bool) -> PassOutcome:
+        """Keep what a part gave; after the last, add the operation's gradient to the run's. Errors undo all parts."""
+        state = self._states[batch.run]
+        try:
+            if batch.run in work.failures:
+                raise work.failures[batch.run]
+            pending = state.pending or Pending()
+            self._add(pending, work, batch, places)
+            outcome = _joined(pending, batch.loss, state) if last else PassOutcome()
+        except PermanentError as error:
+            state.pending = None
+            return PassOutcome(error=error)
+        except torch.OutOfMemoryError:
+            state.pending = None
+            return PassOutcome(error=self._keeper.no_room(f"the gradient of run {batch.run!r}"))
+        state.pending = None if last else pending
+        return outcome
+
+    def _add(self, pending: Pending, work: Work, batch: Batch, places: slice) -> None:
+        logprobs, given, gradient = work.logprobs[places], work.given[places], pending.gradient
+        if not logprobs.isfinite().all():
+            raise _not_finite(f"the loss is {batch.loss.metrics(logprobs, given)['loss:sum']}")
         if batch.backward:
-            state = self._states[batch.run]
-            gathered = _sum(state.gradient, work.gradients.get(batch.run), state.weights)
-            if not gathered.isfinite().all():
-                return PassOutcome(error=_not_finite("the gradient is infinite or NaN"))
-            state.gradient = gathered
-        return PassOutcome(metrics=metrics, logprobs=_by_sequence(logprobs, batch.lengths))
+            gradient = _sum(gradient, work.gradients.get(batch.run), self._states[batch.run].weights)
+        pending.add(batch, logprobs, given, gradient)
 
     def optim_step(self, steps: Mapping[str, AdamParams]) -> dict[str, StepOutcome]:
         """Apply AdamW to each run's gathered gradient and clear it."""
-        return {run: self._step(run, adam) for run, adam in steps.items()}
+        outcomes: dict[str, StepOutcome] = {}
+        runs = list(steps.items())
+        for first in range(0, len(runs), STEPS_AT_A_TIME):
+            # All are launched before the first is waited for.
+            begun = {run: self._begin_step(run, adam) for run, adam in runs[first : first + STEPS_AT_A_TIME]}
+            outcomes |= {run: self._end_step(run, step) for run, step in begun.items()}
+        return outcomes
 
-    def _step(self, run: str, adam: AdamParams) -> StepOutcome:
+    def _begin_step(self, run: str, adam: AdamParams) -> NewState | StepOutcome:
         try:
             _check_adam(adam)
-            return StepOutcome(metrics=self._state(run).optim_step(adam))
+            return self._keeper.here(run).stepped(adam)
         except PermanentError as error:
             return StepOutcome(error=error)
         except torch.OutOfMemoryError:
-            return StepOutcome(error=PermanentError(f"no memory is left on {self._device} for the step of run {run!r}"))
+            return StepOutcome(error=self._keeper.no_room(f"the step of run {run!r}"))
+
+    def _end_step(self, run: str, step: NewState | StepOutcome) -> StepOutcome:
+        if isinstance(step, StepOutcome):
+            return step
+        try:
+            return StepOutcome(metrics=self._states[run].take(step))
+        except PermanentError as error:
+            return StepOutcome(error=error)
 
     def export_adapter(self, run: str) -> dict[str, bytes]:
         """Return the run's weights as PEFT's two files, by name. Raise `UserError` for an unknown run."""
-        return to_peft(self._state(run).adapter, self._base_model)
+        return to_peft(self._keeper.of(run).adapter, self._base_model)
 
     def snapshot(self, run: str) -> bytes:
         """Return everything of a run as a safetensors file. Raise `UserError` for an unknown run."""
-        return write_state(self._state(run), self._base_model)
+        return write_state(self._keeper.of(run), self._base_model)
 
     def restore(self, run: str, state: bytes) -> None:
-        """Bring a run back from `snapshot`. Raise `PermanentError`, changing nothing, if it does not fit."""
-        self._hold(run, read_state(state, self._base_model, self._model))
+        """Bring a run back from `snapshot`. Raise `NoRoom` or `PermanentError`, changing nothing."""
+        self._keeper.hold(run, lambda: read_state(state, self._base_model, self._model))
+
+    def park(self, run: str) -> None:
+        """Move all of a run to host memory."""
+        self._keeper.park(run)
+
+    def bring_back(self, run: str) -> None:
+        """Move a parked run to the device. Raise `NoRoom`, leaving it parked."""
+        self._keeper.bring_back(run)
+
+    def size_of(self, run: str) -> int:
+        """Return the bytes of a run's state. Raise `UserError` for an unknown run."""
+        return self._keeper.of(run).size
 
     def drop_run(self, run: str) -> None:
         """Forget a run and free its memory. Unknown runs are ignored."""
-        self._states.pop(run, None)
-        self._bank.remove(run)
-
-    def _hold(self, run: str, state: RunState) -> None:
-        self._states[run] = state
-        self._bank.add(run, state.adapter)
-
-    def _state(self, run: str) -> RunState:
-        if run not in self._states:
-            raise UserError(f"run {run!r} is not on this trainer: create or restore it first")
-        return self._states[run]
+        self._keeper.drop(run)
 
 
 def _check_adam(adam: AdamParams) -> None:
@@ -193,9 +238,19 @@ def _sum(gathered: Tensor | None, gradient: Tensor | None, weights: Tensor) -> T
     return gradient if gathered is None else gathered + gradient
 
 
-def _by_sequence(logprobs: Tensor, lengths: Sequence[int]) -> list[Float32s]:
-    parts = torch.split(logprobs.cpu(), list(lengths))
-    return [Float32s(part.tolist()) for part in parts]
+def _joined(pending: Pending, loss: Loss, state: RunState) -> PassOutcome:
+    """Return the outcome of all parts, their gradient added to the run's, unless anything is not finite."""
+    logprobs = pending.all_logprobs()
+    metrics = loss.metrics(logprobs, pending.all_given())
+    if not math.isfinite(metrics["loss:sum"]):
+        raise _not_finite(f"the loss is {metrics['loss:sum']}")
+    if pending.gradient is not None:
+        gathered = pending.gradient if state.gradient is None else state.gradient + pending.gradient
+        if not gathered.isfinite().all():
+            raise _not_finite("the gradient is infinite or NaN")
+        state.gradient = gathered
+    parts = torch.split(logprobs, pending.lengths)
+    return PassOutcome(metrics=metrics, logprobs=[Float32s(part.tolist()) for part in parts])
 
 
 def _not_finite(what: str) -> PermanentError:

@@ -64,6 +64,11 @@ class Work:
         self.failures: dict[str, PermanentError] = {}
         """Runs that cannot be computed."""
 
+    def to_host(self) -> None:
+        """Bring the results to the CPU, in one go: from there on they are looked at run by run."""
+        host = torch.device("cpu")
+        self.logprobs, self.given = self.logprobs.to(host), self.given.to(host)
+
     def span(self, sequence: int) -> slice:
         """Return the places of a sequence."""
         return slice(self.starts[sequence], self.starts[sequence + 1])

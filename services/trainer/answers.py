@@ -1,0 +1,44 @@
+"""Answers on their way: sent until they are stored, without anybody waiting for that but a snapshot."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from shared.bus import Delivery
+from shared.contracts.results import Result
+from shared.contracts.training import AnyOperation
+from shared.errors import TemporaryError
+from shared.node import Node
+
+log = logging.getLogger(__name__)
+
+
+class Answers:
+    """The answers that are not stored yet, by run."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._unsent: dict[str, set[asyncio.Task[None]]] = {}
+
+    def send(self, delivery: Delivery[AnyOperation], result: Result) -> None:
+        """Answer an operation, in the encoding in which it came."""
+        sending = self._send_until_stored(result, json=delivery.json)
+        task = self._node.tasks.start(f"answer {result.request_id}", sending)
+        unsent = self._unsent.setdefault(delivery.message.run, set())
+        unsent.add(task)
+        task.add_done_callback(unsent.discard)
+
+    async def settled(self, run: str) -> None:
+        """Wait until all answers of a run are stored."""
+        if unsent := self._unsent.get(run):
+            await asyncio.wait(set(unsent))
+
+    async def _send_until_stored(self, result: Result, *, json: bool) -> None:
+        while True:
+            try:
+                await self._node.bus.answer(result, json=json)
+                return
+            except TemporaryError as error:
+                log.warning("answer %s waits: %s", result.request_id, error)
+                await asyncio.sleep(error.delay)
