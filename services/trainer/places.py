@@ -144,7 +144,7 @@ class Places:
         return True
 
     def _residences(self) -> list[Residence]:
-        return [_residence(held) for held in self._held.values() if held.broken is None]
+        return [_residence(held) for held in self._held.values()]
 
 
 def _residence(held: HeldRun) -> Residence:

@@ -72,6 +72,7 @@ class TrainerService:
             held,
             snapshots,
             self._operations.repeated,
+            self._operations.refuse,
             self._scheduler.forget,
         )
         self._stopping = asyncio.Event()
