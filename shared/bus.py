@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -56,6 +56,8 @@ _FULL = {10023, 10047, 10077, 10122}
 """JetStream's codes for: insufficient resources, insufficient storage, stream at its size, maximum storage exceeded."""
 _AWAY = (TimeoutError, js_errors.NoStreamResponseError, js_errors.ServiceUnavailableError,
          ConnectionReconnectingError, NoRespondersError, OutboundBufferLimitError)  # fmt: skip
+
+OnUnreadable = Callable[[Stored, PermanentError], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -195,10 +197,13 @@ class Bus:
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    async def follow(self, channel: Channel[T], *, after: int = 0, **parts: str) -> AsyncIterator[Delivery[T]]:
+    async def follow(
+        self, channel: Channel[T], *, after: int = 0, on_unreadable: OnUnreadable | None = None, **parts: str
+    ) -> AsyncIterator[Delivery[T]]:
         """Every message of a channel behind place `after`, in order, and then each new one as it comes.
 
-        Without `parts`, the messages of all its subjects. What cannot be decoded is buried and passed over.
+        Without `parts`, the messages of all its subjects. What cannot be decoded is buried, its asker told, and
+        passed over; `on_unreadable` hears of it then.
         """
         subject = channel.subject(**parts) if parts else channel.pattern
         async for raw in self.read(channel.stream.name, subject, after=after):
@@ -207,13 +212,15 @@ class Bus:
             except TemporaryError as error:
                 log.warning("reading %s: %s, trying again", raw.subject, error)
                 await asyncio.sleep(error.delay)
-                async for again in self.follow(channel, after=raw.seq - 1, **parts):
+                async for again in self.follow(channel, after=raw.seq - 1, on_unreadable=on_unreadable, **parts):
                     yield again
                 return
             except PermanentError as error:
                 await self.bury(channel.stream.name, raw.subject, raw.body, raw.headers, str(error), 1)
                 if request := raw.headers.get(REQUEST_HEADER):
                     await self.refuse(request, error)
+                if on_unreadable is not None:
+                    await on_unreadable(raw, error)
                 continue
             yield Delivery(message, raw.subject, raw.seq, json=json, headers=raw.headers)
 

@@ -63,6 +63,11 @@ class Stored:
     body: bytes
     headers: Mapping[str, str]
 
+    @property
+    def msg_id(self) -> str:
+        """The id that its publisher gave it; empty: none."""
+        return self.headers.get(api.Header.MSG_ID.value, "")
+
 
 def stored(raw: api.RawStreamMsg) -> Stored:
     """What the client library read, with its optional fields filled."""

@@ -20,6 +20,8 @@ class Offered(Enum):
     DONE_BEFORE = "done_before"
     REPEATED = "repeated"
     """The same seq is waiting already: a producer sent it twice."""
+    HOLE = "hole"
+    """A message that cannot be read has used up the seq."""
 
 
 @dataclass
@@ -32,15 +34,20 @@ class Backlog(Generic[T]):
     """Place in the stream of the newest message that was read."""
     waiting: dict[int, tuple[T | None, int]] = field(default_factory=dict)
     """By seq: the operation, None for a hole, and its place in the stream."""
+    holes: set[int] = field(default_factory=set)
 
     def offer(self, seq: int, operation: T | None, place: int) -> Offered:
         """Take in what was read at `place`; None: a message that cannot be read. The first for a seq counts."""
         self.read_up_to = max(self.read_up_to, place)
+        if seq in self.holes:
+            return Offered.HOLE
         if seq < self.next_seq:
             return Offered.DONE_BEFORE
         if seq in self.waiting:
             return Offered.REPEATED
         self.waiting[seq] = (operation, place)
+        if operation is None:
+            self.holes.add(seq)
         self._step_over_holes()
         return Offered.WAITING
 
@@ -57,7 +64,12 @@ class Backlog(Generic[T]):
     @property
     def is_stuck(self) -> bool:
         """Whether later operations wait for one that has not come."""
-        return bool(self.waiting) and self.next_seq not in self.waiting
+        return self.next_seq not in self.waiting and any(found is not None for found, _ in self.waiting.values())
+
+    def skip_missing(self) -> None:
+        """Give up what has not come: go on with the first operation that waits."""
+        self.next_seq = min(self.waiting, default=self.next_seq)
+        self._step_over_holes()
 
     def done(self) -> None:
         """The head has been executed."""

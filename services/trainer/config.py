@@ -39,6 +39,8 @@ class TrainerConfig(ServiceConfig, frozen=True, kw_only=True):
     """Shares of the passes among the owners of runs that wait, by owner; 1 for one that is not named."""
     max_backlog: int = 64
     """Operations of one run taken from its log ahead of time; the rest stays there."""
+    missing_seconds: float = 300.0
+    """How long a run waits for an operation that has not come though later ones have. Then the run fails."""
     snapshot_operations: int = 60
     """Operations after which a run's state is written down, so that recovery replays no more than these."""
     snapshot_seconds: float = 120.0

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from services.trainer.answers import Answers
 from services.trainer.engine_thread import EngineThread
-from services.trainer.engines.base import NoRoom, PassItem
+from services.trainer.engines.base import NoRoom, PassItem, PassOutcome, StepOutcome
 from services.trainer.fair import Piece
 from services.trainer.held import HeldRun
 from services.trainer.metrics import TrainerMetrics
@@ -60,42 +60,46 @@ class Operations:
         self._metrics.passes.inc()
         done = []
         for held, piece, item, outcome in zip(runs, pieces, items, outcomes, strict=True):
-            if await self._again(held, outcome.error):
+            self._metrics.tokens.labels(held.record.owner).inc(sum(len(datum.tokens) for datum in item.data))
+            if isinstance(outcome.error, NoRoom):
+                self._finish(held, await self._alone(held, outcome))
+            elif outcome.error is None and not piece.last:
+                held.data_done = piece.stop
                 continue
-            if outcome.error is not None:
-                self.refuse(held.head, outcome.error)
             else:
-                self._metrics.tokens.labels(held.record.owner).inc(sum(len(datum.tokens) for datum in item.data))
-                if not piece.last:
-                    held.data_done = piece.stop
-                    continue
-                filled = {"metrics": dict(outcome.metrics), "logprobs": list(outcome.logprobs)}
-                self._answer(held.head, _result(held.head.message, **filled))
+                self._finish(held, outcome)
             done.append(held)
         return done
 
-    async def step(self, runs: Sequence[HeldRun]) -> list[HeldRun]:
-        """Optimizer steps of several runs. Return whose heads are done."""
-        operations = [_as(OptimStep, held.head) for held in runs]
-        outcomes = await self._engine.call(self._engine.engine.optim_step, {op.run: op.adam for op in operations})
-        done = []
+    async def step(self, runs: Sequence[HeldRun]) -> None:
+        """Optimizer steps of several runs."""
+        steps = {held.name: _as(OptimStep, held.head).adam for held in runs}
+        outcomes = await self._engine.call(self._engine.engine.optim_step, steps)
         for held in runs:
             outcome = outcomes[held.name]
-            if await self._again(held, outcome.error):
-                continue
-            if outcome.error is not None:
-                self.refuse(held.head, outcome.error)
-            else:
-                self._answer(held.head, _result(held.head.message, metrics=dict(outcome.metrics)))
-            done.append(held)
-        return done
+            while isinstance(outcome.error, NoRoom) and await self._places.make_room(held):
+                step = {held.name: steps[held.name]}
+                outcome = (await self._engine.call(self._engine.engine.optim_step, step))[held.name]
+            self._finish(held, outcome)
 
-    async def _again(self, held: HeldRun, error: MeshError | None) -> bool:
-        """Whether to do a head again from its beginning: memory ran out, and another run has left to make room."""
-        if not (isinstance(error, NoRoom) and await self._places.make_room(held)):
-            return False
-        held.data_done = 0
-        return True
+    async def _alone(self, held: HeldRun, outcome: PassOutcome) -> PassOutcome:
+        """Do an operation for which memory ran out again, undivided and by itself, after others have left the device.
+
+        At once, since with the next pass the others would be back.
+        """
+        operation = _as(ForwardBackward, held.head)
+        item = PassItem(operation.run, operation.data, operation.loss, operation.forward_only)
+        while isinstance(outcome.error, NoRoom) and await self._places.make_room(held):
+            (outcome,) = await self._engine.call(self._engine.engine.forward_backward, [item])
+        return outcome
+
+    def _finish(self, held: HeldRun, outcome: PassOutcome | StepOutcome) -> None:
+        """Answer a run's head with what came of it."""
+        if outcome.error is not None:
+            self.refuse(held.head, outcome.error)
+            return
+        logprobs = list(outcome.logprobs) if isinstance(outcome, PassOutcome) else []
+        self._answer(held.head, _result(held.head.message, metrics=dict(outcome.metrics), logprobs=logprobs))
 
     async def single(self, held: HeldRun) -> None:
         """Any other operation. Raise `TemporaryError` if it is to be tried again."""

@@ -34,6 +34,8 @@ class HeldRun:
     snapshot_at: float = field(default_factory=time.monotonic)
     not_before: float = 0.0
     """Monotonic time until which its head waits after a temporary error."""
+    stuck: tuple[int, float] = (-1, 0.0)
+    """The seq that has not come though later ones have, and the monotonic time when that was noticed."""
     reader: asyncio.Task[None] | None = None
     room: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when an operation left the backlog."""

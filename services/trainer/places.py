@@ -18,7 +18,7 @@ from services.trainer.metrics import TrainerMetrics
 from services.trainer.residency import Level, Limits, Residence, by_use, most_that_fit, to_evict, to_park
 from services.trainer.snapshots import Snapshots
 from shared.contracts.policies import LoraSpec
-from shared.errors import PermanentError, TemporaryError
+from shared.errors import MeshError, PermanentError, TemporaryError
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,14 @@ class Places:
         await self._arrived(held)
 
     async def make_room(self, held: HeldRun) -> bool:
-        """Move one run away for another. False: none is left."""
-        return await self._park_one({held.name})
+        """Move one run away for another, or bring that one back if it has left itself. False: none is left."""
+        if not _is_away(held):
+            return await self._park_one({held.name})
+        try:
+            await self._bring(held, set())
+        except MeshError:
+            return False
+        return True
 
     async def tidy(self) -> bool:
         """Park what is idle, and write out one run that has to go. False: nothing more is to be done now."""
@@ -144,7 +150,7 @@ class Places:
         return True
 
     def _residences(self) -> list[Residence]:
-        return [_residence(held) for held in self._held.values() if held.broken is None]
+        return [_residence(held) for held in self._held.values()]
 
 
 def _residence(held: HeldRun) -> Residence:

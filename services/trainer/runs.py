@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
-from services.trainer.backlog import Backlog, Offered
+from services.trainer.backlog import Backlog
 from services.trainer.config import TrainerConfig
 from services.trainer.engine_thread import EngineThread
 from services.trainer.held import HeldRun
+from services.trainer.logs import Logs
 from services.trainer.metrics import TrainerMetrics
 from services.trainer.residency import Level
 from services.trainer.snapshots import Snapshots
@@ -32,7 +33,7 @@ CLAIM_SECONDS = 1.0
 
 
 class Runs:
-    """Claims runs and reads their logs."""
+    """Claims runs and lets them go."""
 
     def __init__(
         self,
@@ -42,23 +43,17 @@ class Runs:
         metrics: TrainerMetrics,
         held: dict[str, HeldRun],
         snapshots: Snapshots,
-        on_repeated: Callable[[Delivery[AnyOperation]], Awaitable[None]],
+        logs: Logs,
         on_gone: Callable[[str], None],
     ) -> None:
-        """Keep the runs in `held`.
-
-        `on_repeated` answers an operation that was executed before this trainer read it. `on_gone` hears of each run
-        that is no longer held.
-        """
+        """Keep the runs in `held`. `on_gone` hears of each run that is no longer held."""
         self.held = held
-        self.work = asyncio.Event()
-        """Set when there may be something new to execute."""
         self._node = node
         self._config = config
         self._engine = engine
         self._metrics = metrics
         self._snapshots = snapshots
-        self._on_repeated = on_repeated
+        self._logs = logs
         self._on_gone = on_gone
         self._table = node.bus.table(topology.RUNS)
         self._known: dict[str, RunRecord] = {}
@@ -102,6 +97,7 @@ class Runs:
                 async with asyncio.timeout(CLAIM_SECONDS):
                     await self._claiming.wait()
             self._claiming.clear()
+            self._logs.give_up_missing(self.held.values())
             for name in list(self._known):
                 if name in self.held or len(self.held) >= self._config.max_runs:
                     continue
@@ -121,19 +117,7 @@ class Runs:
         held = _unloaded(entry.value, entry.revision)
         self.held[name] = held
         log.info("run %s is ours, from operation %d", name, held.backlog.next_seq)
-        held.reader = self._node.tasks.start(f"log of {name}", self._read(name, held))
-
-    async def _read(self, name: str, held: HeldRun) -> None:
-        async for delivery in self._node.bus.follow(topology.OPERATIONS, after=held.backlog.read_up_to, run=name):
-            operation = delivery.message
-            offered = held.backlog.offer(operation.seq, delivery, delivery.seq)
-            if offered is Offered.DONE_BEFORE:
-                await self._on_repeated(delivery)
-            self.work.set()
-            # The rest waits in the log; unless the next seq is not there yet, then it must be looked for.
-            while len(held.backlog.waiting) >= self._config.max_backlog and held.backlog.head is not None:
-                held.room.clear()
-                await held.room.wait()
+        held.reader = self._node.tasks.start(f"log of {name}", self._logs.read(held))
 
     def _lost(self, key: Key) -> None:
         self._metrics.leases_lost.inc()

@@ -27,6 +27,7 @@ from services.trainer.engines.base import TrainerEngine
 from services.trainer.fair import Piece
 from services.trainer.handlers import Operations
 from services.trainer.held import HeldRun
+from services.trainer.logs import Logs
 from services.trainer.metrics import TrainerMetrics
 from services.trainer.places import Places
 from services.trainer.policy import Head, Scheduler, Turn
@@ -64,15 +65,9 @@ class TrainerService:
         self._snapshots = snapshots
         self._places = Places(config, self._engine, self._metrics, held, snapshots)
         self._operations = Operations(node, self._engine, self._metrics, self._places, answers)
+        self._logs = Logs(node.bus, config, self._operations.repeated, self._operations.refuse)
         self._runs = Runs(
-            node,
-            config,
-            self._engine,
-            self._metrics,
-            held,
-            snapshots,
-            self._operations.repeated,
-            self._scheduler.forget,
+            node, config, self._engine, self._metrics, held, snapshots, self._logs, self._scheduler.forget
         )
         self._stopping = asyncio.Event()
         self._executing = asyncio.Lock()
@@ -100,7 +95,7 @@ class TrainerService:
 
     async def _execute(self) -> None:
         while not self._stopping.is_set():
-            self._runs.work.clear()  # before looking: what comes from now on wakes us
+            self._logs.work.clear()  # before looking: what comes from now on wakes us
             async with self._executing:
                 turn = self._scheduler.next_turn(self._heads())
                 if turn is not None:
@@ -110,7 +105,7 @@ class TrainerService:
                     continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RETRY_LOOK if self._anything_waits() else None):
-                    await self._runs.work.wait()
+                    await self._logs.work.wait()
 
     def _heads(self) -> dict[str, Head]:
         """The operations whose turn it is, of runs that are not waiting after a temporary error."""
@@ -134,7 +129,7 @@ class TrainerService:
             for held in await self._run([held for held in ready if self._is_ours(held)], pieces):
                 await self._finish(held)
         for held in runs:
-            if held.broken is not None and self._is_ours(held):
+            if held.broken is not None and held.backlog.head is not None and self._is_ours(held):
                 self._operations.refuse(held.head, held.broken)
                 held.finish_head()
 
@@ -156,7 +151,8 @@ class TrainerService:
             if pieces:
                 return await self._operations.run_pass(runs, [pieces[held.name] for held in runs])
             if isinstance(runs[0].head.message, OptimStep):
-                return await self._operations.step(runs)
+                await self._operations.step(runs)
+                return runs
             return [held for held in runs if await self._run_single(held)]
         finally:
             self._doing = ""

@@ -52,6 +52,20 @@ def test_runs_in_one_pass_get_what_they_get_alone(trainer: TorchTrainerEngine) -
         assert one.metrics["loss:sum"] == pytest.approx(other.metrics["loss:sum"], rel=0.02)
 
 
+def test_a_parked_run_leaves_the_gpu_and_goes_on_bit_for_bit(trainer: TorchTrainerEngine) -> None:
+    trainer.create_run("a", LoraSpec(rank=64))
+    trainer.forward_backward([PassItem("a", [datum([5, 6, 7, 8, 9])], LOSS)])
+    before, used = trainer.snapshot("a"), torch.cuda.memory_allocated()
+    trainer.park("a")
+    assert torch.cuda.memory_allocated() <= used - trainer.size_of("a")
+    assert trainer._states["a"].weights.is_pinned()
+    assert trainer.snapshot("a") == before
+    trainer.bring_back("a")
+    assert trainer._states["a"].weights.is_cuda
+    assert trainer.snapshot("a") == before
+    assert not trainer.optim_step({"a": AdamParams()})["a"].error
+
+
 async def test_logprobs_of_trainer_and_sampler_agree(trainer: TorchTrainerEngine, tiny_model: Path) -> None:
     trainer.create_run("a", LoraSpec(rank=8))
     for _ in range(5):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from services.trainer import service as service_module
+from services.trainer.engines import run_state, torch_engine
+from services.trainer.engines.adamw import adamw
 from services.trainer.engines.keeper import Keeper
+from services.trainer.engines.torch_engine import TorchTrainerEngine
 from services.trainer.residency import Level
 from services.trainer.service import TrainerService
 from shared.bus import Bus
@@ -98,6 +102,34 @@ async def test_an_idle_run_leaves_and_comes_back(place: Place, bus: Bus, monkeyp
             await eventually(reached)
         assert not service._engine.engine.runs
         assert same([await train(producer, 1)], [wanted[3]])
+
+
+async def test_memory_that_runs_out_in_a_pass_or_a_step_is_made_too(
+    place: Place, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = await expected(place, bus, 1)
+    runs = producers(bus, "cramped")
+    failed: list[str] = []
+    async with place.trainer(max_pass_tokens=4) as (service, _):
+        engine = service._engine.engine
+        assert isinstance(engine, TorchTrainerEngine)
+        keeper = engine._keeper
+
+        def cramped(where: str, function: Callable[..., object]) -> Callable[..., object]:
+            def instead(*arguments: object) -> object:
+                if len(keeper.states) - len(keeper.parked) > 1:
+                    failed.append(where)
+                    raise torch.OutOfMemoryError("no room")
+                return function(*arguments)
+
+            return instead
+
+        await asyncio.gather(*(producer.create() for producer in runs))
+        monkeypatch.setattr(run_state, "adamw", cramped("step", adamw))
+        monkeypatch.setattr(torch_engine, "_joined", cramped("pass", torch_engine._joined))
+        await train_all(runs, 1)
+        assert same(await train_all(runs, 1), wanted)
+    assert set(failed) == {"step", "pass"}
 
 
 async def test_memory_that_runs_out_is_made_by_parking_others(

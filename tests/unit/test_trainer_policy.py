@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.trainer.backlog import Backlog, Offered
 from services.trainer.policy import CHEAP_IN_A_ROW, Head, Scheduler, Turn, sizes_of
+from services.trainer.unreadable import seq_of
 from shared.contracts.arrays import Int32s
 from shared.contracts.training import AnyOperation, Datum, ForwardBackward, LossSpec, OptimStep, SavePolicy
 
@@ -67,6 +69,7 @@ def test_a_message_that_cannot_be_read_uses_up_its_seq() -> None:
     backlog.done()
     found.append(backlog.head)
     assert found == [None, "later"]
+    assert backlog.offer(1, "mended", 4) is Offered.HOLE
     assert backlog.next_seq == 2
 
 
@@ -86,9 +89,27 @@ def test_holes_are_stepped_over_wherever_they_are(order: list[int], holes: set[i
 def test_a_missing_seq_makes_a_backlog_stuck_until_it_comes() -> None:
     backlog: Backlog[str] = Backlog()
     backlog.pass_over(1)
-    assert not backlog.is_stuck, "nothing waits"
+    found = [backlog.is_stuck]
     backlog.offer(1, "later", 2)
-    assert backlog.is_stuck
+    found.append(backlog.is_stuck)
+    backlog.skip_missing()
+    assert found == [False, True]
+    assert backlog.head == "later"
+
+
+@pytest.mark.parametrize(
+    ("msg_id", "body", "seq"),
+    [
+        ("a/b/7", b"\xff", 7),
+        ("", b'{"op": "dance", "run": "a/b", "seq": 3}', 3),
+        ("0a1b2c", b'{"op": "optim_step", "run": "a/b", "seq": 4, "adam": {"learning_rate": "much"}}', 4),
+        ("other/7", b'{"run": "other", "seq": 3}', None),
+        ("a/b/-1", b'{"run": "a/b", "seq": -1}', None),
+        ("", b"", None),
+    ],
+)
+def test_a_message_that_cannot_be_read_says_its_seq_by_id_or_body(msg_id: str, body: bytes, seq: int | None) -> None:
+    assert seq_of("a/b", msg_id, body, {}) == seq
 
 
 def heads(**operations: AnyOperation) -> dict[str, Head]:
