@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from loadtest.shapes import PEAK_FLOPS, SHAPES
 from services.trainer.engines.base import PassItem
-from services.trainer.engines.factory import fused_options
+from services.trainer.engines.fused.layers import ON_GPU
 from services.trainer.engines.torch_engine import TorchTrainerEngine
 from shared.contracts.arrays import Float32s, Int32s
 from shared.contracts.policies import LoraSpec
@@ -214,7 +214,7 @@ def make_engine(name: str, weights: str | None, most: int, *, plain: bool) -> To
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model: PreTrainedModel = load_base(weights, device=device) if weights else SHAPES[name].model(device, dtype)
-    fused = fused_options(model) if device == "cuda" and not plain else None
+    fused = ON_GPU if device == "cuda" and not plain else None
     return TorchTrainerEngine(name, model, max_pass_tokens=most, fused=fused)
 
 

@@ -163,25 +163,27 @@ def pack(
 
     Without `masks` there are no blocks: the layout is for `shared.models.varlen`.
     """
-    tokens: list[int] = []
-    positions: list[int] = []
+    tokens: list[Tensor] = []
+    positions: list[Tensor] = []
     rows: dict[int, Tensor] = {}
     blocks: list[Block] = []
     segments: list[tuple[Hashable, int, int]] = []
+    stop = 0
     for tree in trees:
-        start = len(tokens)
+        start = stop
         path = torch.empty(0, dtype=torch.int64)
         for branch in tree.branches:
-            new = torch.arange(len(tokens), len(tokens) + branch.added)
+            new = torch.arange(stop, stop + branch.added)
+            stop += branch.added
             path = rows[branch.sequence] = torch.cat((path[: branch.shared], new))
-            tokens.extend(sequences[branch.sequence][branch.shared :])
-            positions.extend(range(branch.shared, branch.length))
+            tokens.append(torch.frombuffer(sequences[branch.sequence], dtype=torch.int32)[branch.shared :])
+            positions.append(torch.arange(branch.shared, branch.length))
         if masks:
-            blocks.append(Block(start, len(tokens), _mask(tree, start, rows, device)))
-        _extend(segments, tree.run, start, len(tokens))
+            blocks.append(Block(start, stop, _mask(tree, start, rows, device)))
+        _extend(segments, tree.run, start, stop)
     return Packed(
-        tokens=torch.tensor(tokens, device=device),
-        positions=torch.tensor(positions, device=device),
+        tokens=torch.cat(tokens).long().to(device),
+        positions=torch.cat(positions).to(device),
         blocks=blocks,
         segments=segments,
         rows=rows,

@@ -250,7 +250,13 @@ def _joined(pending: Pending, loss: Loss, state: RunState) -> PassOutcome:
             raise _not_finite("the gradient is infinite or NaN")
         state.gradient = gathered
     parts = torch.split(logprobs, pending.lengths)
-    return PassOutcome(metrics=metrics, logprobs=[Float32s(part.tolist()) for part in parts])
+    return PassOutcome(metrics=metrics, logprobs=[_floats(part) for part in parts])
+
+
+def _floats(values: Tensor) -> Float32s:
+    array = Float32s()
+    array.frombytes(values.numpy().tobytes())
+    return array
 
 
 def _not_finite(what: str) -> PermanentError:

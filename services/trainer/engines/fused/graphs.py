@@ -42,9 +42,9 @@ def roomy(count: int) -> int:
 
 
 def rounded(rows: int) -> int:
-    """Return the size of a pass that more than `rows` rows are filled up to: eight steps between powers of two."""
-    step = max(64, roomy(rows + 1) // 16)
-    return (rows // step + 1) * step
+    """Return the size that a pass of `rows` rows is filled up to: eight steps between powers of two."""
+    step = max(64, roomy(rows) // 16)
+    return -(-rows // step) * step
 
 
 class Graphs:
@@ -143,8 +143,9 @@ def _cloned(rows: Rows) -> Rows:
 
 def _filled(x: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
     """Fill a pass up with one more document, which belongs to the last run."""
-    size = rounded(len(x))
-    extra = size - len(x)
+    # Keys that are gathered are filled up by themselves, and a document of keys needs a query.
+    shares = rows.documents.keys is not None
+    extra = rounded(len(x) + shares) - len(x)
     last = rows.ends[-1:]
     return _padded(x, extra), Rows(
         _padded(rows.cos, extra),

@@ -48,6 +48,10 @@ class FusedOptions:
     share_prefixes: bool = True
 
 
+ON_GPU = FusedOptions(compile=True, graphs=True)
+"""Compiled and captured: launching kernels from Python takes longer than running them, even those of large models."""
+
+
 def supported(model: PreTrainedModel) -> bool:
     """Whether `FusedLayers` can run the model."""
     if model.config.model_type not in FAMILIES:
@@ -181,7 +185,8 @@ def _functions(model: PreTrainedModel, options: FusedOptions) -> list[Layer]:
 def _compiled(function: Layer) -> Layer:
     # One run or many, shared prefixes or not, with and without gradients, the first shape and any other.
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)  # noqa: SLF001 - no other way
-    return torch.compile(function)
+    # Its patterns join a product with the sum behind it in a way that copies a whole tensor first.
+    return torch.compile(function, options={"pattern_matcher": False})
 
 
 def _layer_shape(model: PreTrainedModel, layer: nn.Module) -> LayerShape:

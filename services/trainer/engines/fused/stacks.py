@@ -11,7 +11,7 @@ a few strided copies, however many layers there are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ from torch import Tensor
 from services.trainer.engines.fused.layer import Stack
 from services.trainer.engines.fused.projections import KindShape
 from services.trainer.engines.run_state import RunState
+from shared.contracts.policies import LoraSpec
 from shared.models.lora import Adapter
 
+LARGEST_COPY = 2**28
+"""Numbers that are gathered at a time."""
 RANKS = (8, 16, 32, 64, 128)
 """Ranks of stacks: multiples of 8, as grouped products need."""
 
@@ -60,8 +63,9 @@ class Stacks:
         """Put the runs' weights in, in this order; places that stay free hold zeros."""
         for tensor in (*self._a, *self._b):
             tensor.zero_()
-        for place, state in enumerate(states):
-            for ours, theirs, scale in self._blocks(self._a, self._b, place, state.adapter, state.weights):
+        for first, alike in self._alike(states):
+            vectors = torch.stack([state.weights for state in alike])
+            for ours, theirs, scale in self._blocks(self._a, self._b, first, alike[0].adapter, vectors):
                 ours.copy_(theirs * scale if scale != 1.0 else theirs)
 
     @torch.no_grad()
@@ -73,29 +77,49 @@ class Stacks:
              for kind in range(len(self._shapes))]
             for which in (0, 1)
         )  # fmt: skip
-        vectors = []
-        for place, state in enumerate(states):
-            vector = torch.zeros_like(state.weights)
-            for theirs, ours, scale in self._blocks(a, b, place, state.adapter, vector):
+        found: list[Tensor] = []
+        for first, alike in self._alike(states):
+            size = alike[0].weights.numel()
+            joined = torch.zeros(len(alike), size, device=a[0].device)
+            for theirs, ours, scale in self._blocks(a, b, first, alike[0].adapter, joined):
                 ours.copy_(theirs).mul_(scale)
-            vectors.append(vector)
-        return vectors
+            found += joined.unbind()
+        return found
+
+    def _alike(self, states: Sequence[RunState]) -> Iterator[tuple[int, list[RunState]]]:
+        """Yield neighbours whose vectors have one layout, with the place of the first; not too many at a time."""
+        first = 0
+        for _, group in groupby(states, lambda state: _layout(state.adapter.spec)):
+            alike = list(group)
+            most = max(1, LARGEST_COPY // alike[0].weights.numel())
+            for start in range(0, len(alike), most):
+                yield first + start, alike[start : start + most]
+            first += len(alike)
 
     def _blocks(
-        self, a: Sequence[Tensor], b: Sequence[Tensor], place: int, adapter: Adapter, vector: Tensor
+        self, a: Sequence[Tensor], b: Sequence[Tensor], first: int, adapter: Adapter, vectors: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Yield pairs of views, [layers, ...], of the stacks and of a run's vector, and the factor of the first."""
-        rank = adapter.spec.rank
+        """Yield pairs of views, [layers, runs, ...], of the stacks from place `first` on and of the runs' vectors.
+
+        With each pair comes the factor of the stack's.
+        """
+        rank, runs = adapter.spec.rank, len(vectors)
         spans = _spans(adapter)
         for shape, stack_a, stack_b in zip(self._shapes, a, b, strict=True):
-            for part, (name, first, size) in enumerate(zip(shape.kind.parts, shape.starts, shape.outputs, strict=True)):
+            places_a, places_b = stack_a[:, first : first + runs], stack_b[:, first : first + runs]
+            for part, (name, begin, size) in enumerate(zip(shape.kind.parts, shape.starts, shape.outputs, strict=True)):
                 if name not in spans:
                     continue
-                span_a, span_b = (vector[span].view(self._layers, -1) for span in spans[name])
+                span_a, span_b = (vectors[:, span] for span in spans[name])
                 column = part * self.rank
-                yield stack_a[:, place, column : column + rank], span_a.view(-1, rank, shape.inputs), 1.0
-                block = stack_b[:, place, first : first + size, column : column + rank]
-                yield block, span_b.view(-1, size, rank), adapter.scale
+                vectors_a = span_a.view(runs, self._layers, rank, shape.inputs).transpose(0, 1)
+                yield places_a[:, :, column : column + rank], vectors_a, 1.0
+                vectors_b = span_b.view(runs, self._layers, size, rank).transpose(0, 1)
+                yield places_b[:, :, begin : begin + size, column : column + rank], vectors_b, adapter.scale
+
+
+def _layout(spec: LoraSpec) -> tuple[float | bool, ...]:
+    return spec.rank, spec.alpha, spec.train_attn, spec.train_mlp, spec.train_unembed
 
 
 def _spans(adapter: Adapter) -> dict[str, tuple[slice, slice]]:
