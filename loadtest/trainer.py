@@ -16,8 +16,8 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,10 @@ class Case:
     length: int
     mixed: bool = True
     """All runs in one pass; otherwise one pass after another."""
-    against: str = ""
-    """The case that this one is compared with, in turns."""
+    modules: bool = False
+    """Run the model's own modules, as trainers that swap adapters do, in place of our compiled and captured layers."""
+    against: tuple[str, ...] = ()
+    """The cases that this one is compared with, in turns."""
 
     @property
     def tokens(self) -> int:
@@ -62,16 +64,18 @@ class Case:
 
 CASES = [
     Case("135m-1", "smollm2-135m", 1, 32, 512),
-    Case("135m-8", "smollm2-135m", 8, 4, 512, against="135m-1"),
-    Case("135m-32x512", "smollm2-135m", 32, 1, 512, against="135m-32x512-apart"),
+    Case("135m-8", "smollm2-135m", 8, 4, 512, against=("135m-1",)),
+    Case("135m-32x512", "smollm2-135m", 32, 1, 512, against=("135m-32x512-apart", "135m-32x512-modules")),
     Case("135m-32x512-apart", "smollm2-135m", 32, 1, 512, mixed=False),
+    Case("135m-32x512-modules", "smollm2-135m", 32, 1, 512, mixed=False, modules=True),
     Case("0.6b-1", "qwen3-0.6b", 1, 16, 1024),
-    Case("0.6b-8x2k", "qwen3-0.6b", 8, 2, 1024, against="0.6b-8x2k-apart"),
+    Case("0.6b-8x2k", "qwen3-0.6b", 8, 2, 1024, against=("0.6b-8x2k-apart", "0.6b-8x2k-modules")),
     Case("0.6b-8x2k-apart", "qwen3-0.6b", 8, 2, 1024, mixed=False),
+    Case("0.6b-8x2k-modules", "qwen3-0.6b", 8, 2, 1024, mixed=False, modules=True),
     Case("8b-1", "llama-3-8b", 1, 4, 1024),
-    Case("8b-8", "llama-3-8b", 8, 1, 512, against="8b-1x512"),
+    Case("8b-8", "llama-3-8b", 8, 1, 512, against=("8b-1x512",)),
     Case("8b-1x512", "llama-3-8b", 1, 8, 512),
-    Case("cpu-8", "smollm2-135m", 8, 1, 24, against="cpu-8-apart"),
+    Case("cpu-8", "smollm2-135m", 8, 1, 24, against=("cpu-8-apart",)),
     Case("cpu-8-apart", "smollm2-135m", 8, 1, 24, mixed=False),
 ]
 
@@ -92,8 +96,8 @@ class Row:
     mfu: float | None
     gib: float | None
     """Highest memory allocated on the device."""
-    speedup: float | None = None
-    """How many times faster than `against`, by tokens per second."""
+    times: dict[str, float] = field(default_factory=dict)
+    """How many times faster than what it is compared with, by tokens per second."""
 
 
 class Bench:
@@ -142,11 +146,16 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def measure(cases: Sequence[Case], engine: TorchTrainerEngine, repeats: int, report: Callable[[Row], None]) -> None:
-    """Measure cases in turns, the first with whatever it needs to warm up."""
+def measure(
+    cases: Sequence[Case],
+    engines: Mapping[bool, TorchTrainerEngine],
+    repeats: int,
+    report: Callable[[Row], None],
+) -> None:
+    """Measure cases in turns, after whatever they need to warm up; `engines` by `Case.modules`."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    benches = [Bench(case, engine) for case in cases]
+    benches = [Bench(case, engines[case.modules]) for case in cases]
     for bench in benches:
         for _ in range(3):
             bench.step()
@@ -154,14 +163,15 @@ def measure(cases: Sequence[Case], engine: TorchTrainerEngine, repeats: int, rep
     for _ in range(repeats):
         for bench in benches:
             bench.step()
-    rows = {bench.case.name: _row(bench, engine) for bench in benches}
+    rows = {bench.case.name: _row(bench) for bench in benches}
     for bench in benches:
-        row, other = rows[bench.case.name], rows.get(bench.case.against)
-        report(replace(row, speedup=row.tokens_per_second / other.tokens_per_second) if other else row)
+        row = rows[bench.case.name]
+        times = {name: row.tokens_per_second / rows[name].tokens_per_second for name in bench.case.against}
+        report(replace(row, times=times))
         bench.close()
 
 
-def _row(bench: Bench, engine: TorchTrainerEngine) -> Row:
+def _row(bench: Bench) -> Row:
     case = bench.case
     steps, passes = zip(*bench.seconds, strict=True)
     middle = statistics.median(steps)
@@ -190,10 +200,10 @@ def show(row: Row) -> None:
     """Print one line."""
     mfu = f"{row.mfu:6.1%}" if row.mfu is not None else "     -"
     gib = f"{row.gib:6.1f}" if row.gib is not None else "     -"
-    speedup = f"{row.speedup:6.2f}x" if row.speedup is not None else ""
+    times = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in row.times.items())
     print(
         f"{row.case:20} {row.tokens:7d} tok {row.ms:9.1f} ms (±{row.spread:.0%}, passes {row.pass_ms:.1f}) "
-        f"{row.tokens_per_second:10,.0f} tok/s  MFU {mfu}  {gib} GiB {speedup}",
+        f"{row.tokens_per_second:10,.0f} tok/s  MFU {mfu}  {gib} GiB  {times}",
         flush=True,
     )
 
@@ -209,13 +219,16 @@ def about() -> dict[str, Any]:
     }
 
 
-def make_engine(name: str, weights: str | None, most: int, *, plain: bool) -> TorchTrainerEngine:
-    """Return an engine on a shape, with the options that the service would choose."""
+def make_engines(name: str, weights: str | None, most: int) -> dict[bool, TorchTrainerEngine]:
+    """Return engines on one model of a shape: as the service would make it, and on the model's own modules."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model: PreTrainedModel = load_base(weights, device=device) if weights else SHAPES[name].model(device, dtype)
-    fused = ON_GPU if device == "cuda" and not plain else None
-    return TorchTrainerEngine(name, model, max_pass_tokens=most, fused=fused)
+    fused = ON_GPU if device == "cuda" else None
+    return {
+        modules: TorchTrainerEngine(name, model, max_pass_tokens=most, fused=None if modules else fused)
+        for modules in (False, True)
+    }
 
 
 def profiled(case: Case, engine: TorchTrainerEngine, directory: Path) -> None:
@@ -235,9 +248,9 @@ def groups(names: Sequence[str]) -> list[list[Case]]:
     """Return the chosen cases, those that are compared together; by default all that this machine can run."""
     here = [case for case in CASES if case.name.startswith("cpu") != torch.cuda.is_available()]
     chosen = [case for case in CASES if case.name in names] if names else here
-    compared = {case.against for case in chosen}
+    compared = {name for case in chosen for name in case.against}
     return [
-        [case, *(other for other in CASES if other.name == case.against)]
+        [case, *(other for other in CASES if other.name in case.against)]
         for case in chosen
         if case.name not in compared
     ]
@@ -251,7 +264,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the table here")
     parser.add_argument("--profile", type=Path, help="also write profiles into this directory")
     parser.add_argument("--weights", action="append", default=[], metavar="SHAPE=DIRECTORY")
-    parser.add_argument("--plain", action="store_true", help="use the model's own modules, as on a CPU")
     options = parser.parse_args()
     weights = dict(pair.split("=", 1) for pair in options.weights)
     rows: list[Row] = []
@@ -269,15 +281,15 @@ def main() -> None:
     for shape, found in by_shape.items():
         most = max(case.tokens for group in found for case in group)
         began = time.perf_counter()
-        engine = make_engine(shape, weights.get(shape), most, plain=options.plain)
+        engines = make_engines(shape, weights.get(shape), most)
         print(f"# {shape}: loaded in {time.perf_counter() - began:.0f} s", flush=True)
         for group in found:
             began = time.perf_counter()
-            measure(group, engine, options.repeats, report)
+            measure(group, engines, options.repeats, report)
             print(f"# measured in {time.perf_counter() - began:.0f} s", flush=True)
             if options.profile:
-                profiled(group[0], engine, options.profile)
-        del engine
+                profiled(group[0], engines[group[0].modules], options.profile)
+        del engines
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
