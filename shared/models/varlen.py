@@ -70,10 +70,8 @@ def _gathered(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, layout: Documents, scale: float, window: int | None) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    options: dict[str, Any] = {"enable_gqa": True} if groups > 1 and _TAKES_GQA else {}
-    if groups > 1 and not _TAKES_GQA:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    # Releases that do not ask whether heads are grouped serve grouped ones all the same.
+    options: dict[str, Any] = {"enable_gqa": True} if k.shape[1] < q.shape[1] and _TAKES_GQA else {}
     out = varlen_attn(
         q,
         k,

@@ -35,7 +35,7 @@ def states(model: PreTrainedModel, names: str) -> dict[str, RunState]:
     for number, name in enumerate(names):
         state = RunState(Adapter.fresh(model, SPECS[name]))
         noise = torch.randn(state.weights.shape, generator=torch.Generator().manual_seed(number))
-        state.weights.add_(noise, alpha=0.05)
+        state.weights.add_(noise.to(state.weights.device), alpha=0.05)
         made[name] = state
     return made
 

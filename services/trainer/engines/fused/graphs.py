@@ -42,8 +42,11 @@ def roomy(count: int) -> int:
 
 
 def rounded(rows: int) -> int:
-    """Return the size that a pass of `rows` rows is filled up to: eight steps between powers of two."""
-    step = max(64, roomy(rows) // 16)
+    """Return the size that a pass of `rows` rows is filled up to: four steps between powers of two.
+
+    Each size is compiled when it first comes, so there should be few; scheduled passes are near their budget anyway.
+    """
+    step = max(128, roomy(rows) // 8)
     return -(-rows // step) * step
 
 
@@ -163,8 +166,9 @@ def _with_one_more(docs: Documents, rows: int, extra: int) -> Documents:
         more = size - len(keys)
         # Any row of the filling will do as a key of the filling.
         keys = torch.cat((keys, keys.new_full((more,), rows)))
-    count = roomy(len(docs.query_ends))
-    longest = roomy(max(docs.longest_key, more))
+    # Empty documents and too long ones cost next to nothing, other shapes a compilation.
+    count = max(roomy(len(docs.query_ends)), roomy((rows + extra) // 128))
+    longest = max(256, roomy(max(docs.longest_key, more)))
     return Documents(
         _lengthened(docs.query_ends, extra, count), _lengthened(docs.key_ends, more, count), longest, longest, keys
     )

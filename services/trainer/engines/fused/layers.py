@@ -183,10 +183,11 @@ def _functions(model: PreTrainedModel, options: FusedOptions) -> list[Layer]:
 
 
 def _compiled(function: Layer) -> Layer:
-    # One run or many, shared prefixes or not, with and without gradients, the first shape and any other.
-    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)  # noqa: SLF001 - no other way
-    # Its patterns join a product with the sum behind it in a way that copies a whole tensor first.
-    return torch.compile(function, options={"pattern_matcher": False})
+    # One run or many, shared prefixes or not, with and without gradients, and every size of `graphs.rounded`.
+    torch._dynamo.config.recompile_limit = max(512, torch._dynamo.config.recompile_limit)  # noqa: SLF001 - no other way
+    # Kernels for any size were seen to make a pass three times as slow as kernels for its own. And the compiler's
+    # patterns join a product with the sum behind it in a way that copies a whole tensor first.
+    return torch.compile(function, dynamic=False, options={"pattern_matcher": False})
 
 
 def _layer_shape(model: PreTrainedModel, layer: nn.Module) -> LayerShape:
