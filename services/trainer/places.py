@@ -18,10 +18,11 @@ from services.trainer.metrics import TrainerMetrics
 from services.trainer.residency import Level, Limits, Residence, by_use, most_that_fit, to_evict, to_park
 from services.trainer.snapshots import Snapshots
 from shared.contracts.policies import LoraSpec
-from shared.errors import MeshError, PermanentError, TemporaryError
+from shared.errors import MeshError, PermanentError, TemporaryError, UserError
 
 log = logging.getLogger(__name__)
 
+NEAREST = (Level.DEVICE, Level.NOWHERE, Level.HOST, Level.STORE)
 NO_ROOM_SECONDS = 5.0
 """How long a run waits that does not fit although all others have left: another process has the memory."""
 
@@ -50,10 +51,11 @@ class Places:
         self._snapshots = snapshots
 
     async def bring(self, runs: Sequence[HeldRun]) -> list[HeldRun]:
-        """Put runs on the device, as many from the first on as fit together, and return these.
+        """Put runs on the device, as many as fit together, and return these. Those that are nearest come first.
 
         A run that cannot be brought back is marked: broken for good, or to be tried again later.
         """
+        runs = sorted(runs, key=lambda held: NEAREST.index(held.level))  # else each turn would move them all
         runs = runs[: most_that_fit([_residence(held) for held in runs], self._limits)]
         await self._leave_room({held.name for held in runs}, [held.size for held in runs if _is_away(held)])
         ready: list[HeldRun] = []
@@ -76,7 +78,7 @@ class Places:
     async def create(self, held: HeldRun, lora: LoraSpec) -> None:
         """Begin a run on the device. Raise `NoRoom` if it does not fit though all others have left."""
         await self._leave_room({held.name}, [0])
-        await self._in_room(lambda: self._engine.engine.create_run(held.name, lora), {held.name})
+        await self._in_room(held, lambda: self._engine.engine.create_run(held.name, lora), {held.name})
         await self._arrived(held)
 
     async def make_room(self, held: HeldRun) -> bool:
@@ -106,18 +108,21 @@ class Places:
 
     async def _bring(self, held: HeldRun, keep: set[str]) -> None:
         if held.level is Level.HOST:
-            await self._in_room(lambda: self._engine.engine.bring_back(held.name), {*keep, held.name})
+            await self._in_room(held, lambda: self._engine.engine.bring_back(held.name), {*keep, held.name})
         elif held.level is Level.STORE:
             state = await self._snapshots.read(held)
-            await self._in_room(lambda: self._engine.engine.restore(held.name, state), {*keep, held.name})
+            await self._in_room(held, lambda: self._engine.engine.restore(held.name, state), {*keep, held.name})
         if _is_away(held):
             self._metrics.loads.labels(held.level.value).inc()
             await self._arrived(held)
         held.used_at = time.monotonic()
 
-    async def _in_room(self, place: Callable[[], None], keep: Collection[str]) -> None:
-        """Put something on the device; where memory runs out, after the least recently used run has left."""
+    async def _in_room(self, held: HeldRun, place: Callable[[], None], keep: Collection[str]) -> None:
+        """Put a run on the device; where memory runs out, after the least recently used run has left."""
         while True:
+            if self._held.get(held.name) is not held:
+                # The engine has dropped it, or will after what is asked of it now: nothing must be left behind.
+                raise _gone(held)
             try:
                 return await self._engine.call(place)
             except NoRoom:
@@ -126,7 +131,10 @@ class Places:
 
     async def _arrived(self, held: HeldRun) -> None:
         held.level, held.used_at = Level.DEVICE, time.monotonic()
-        held.size = await self._engine.call(self._engine.engine.size_of, held.name)
+        try:
+            held.size = await self._engine.call(self._engine.engine.size_of, held.name)
+        except UserError:
+            raise _gone(held) from None
 
     async def _park_one(self, keep: Collection[str]) -> bool:
         there = by_use((each for each in self._residences() if each.level is Level.DEVICE), keep)
@@ -166,6 +174,10 @@ def _residence(held: HeldRun) -> Residence:
 
 def _is_away(held: HeldRun) -> bool:
     return held.level in (Level.HOST, Level.STORE)
+
+
+def _gone(held: HeldRun) -> TemporaryError:
+    return TemporaryError(f"run {held.name} is no longer ours")
 
 
 def _try_later(held: HeldRun, error: TemporaryError) -> None:

@@ -59,6 +59,8 @@ class Runs:
         self._known: dict[str, RunRecord] = {}
         self._leases = Leases(node.bus, node.replica, node.tasks, self._lost)
         self._claiming = asyncio.Event()
+        self._leaving: set[str] = set()
+        """Runs not to be claimed again before the engine has dropped them."""
         self._looking: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -99,7 +101,7 @@ class Runs:
             self._claiming.clear()
             self._logs.give_up_missing(self.held.values())
             for name in list(self._known):
-                if name in self.held or len(self.held) >= self._config.max_runs:
+                if name in self.held or name in self._leaving or len(self.held) >= self._config.max_runs:
                     continue
                 try:
                     await self._claim(name)
@@ -121,11 +123,15 @@ class Runs:
 
     def _lost(self, key: Key) -> None:
         self._metrics.leases_lost.inc()
-        self._node.tasks.start(f"drop {key[1]}", self._forget(key[1]))
+        self._node.tasks.start(f"drop {key[1]}", self._let_go(key[1]))
 
     async def _let_go(self, name: str) -> None:
-        await self._forget(name)
-        await self._leases.release(("run", name))
+        self._leaving.add(name)
+        try:
+            await self._forget(name)
+            await self._leases.release(("run", name))
+        finally:
+            self._leaving.discard(name)
 
     async def _forget(self, name: str) -> None:
         held = self.held.pop(name, None)

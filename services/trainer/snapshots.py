@@ -48,7 +48,7 @@ class Snapshots:
     def is_due(self, held: HeldRun) -> bool:
         """Whether enough was done since the last one."""
         old = time.monotonic() - held.snapshot_at > self._config.snapshot_seconds
-        return held.done_since_snapshot >= self._config.snapshot_operations or (old and held.done_since_snapshot > 0)
+        return self.is_needed(held) and (old or held.done_since_snapshot >= self._config.snapshot_operations)
 
     def is_needed(self, held: HeldRun) -> bool:
         """Whether the run has state that no snapshot has."""

@@ -63,10 +63,16 @@ async def expected(place: Place, bus: Bus, rounds: int) -> list[list[float]]:
 async def test_more_runs_than_places_get_what_they_would_get_alone(place: Place, bus: Bus) -> None:
     wanted = await expected(place, bus, 2)
     runs = producers(bus, "cramped")
-    async with place.trainer(**CRAMPED) as (service, _):
+    async with place.trainer(**CRAMPED) as (service, node):
         await asyncio.gather(*(producer.create() for producer in runs))
         await train_all(runs, 2)
         there = levels(service, "cramped")
+        counted = [
+            node.telemetry.registry.get_sample_value(f"openrl_trainer_{name}_runs")
+            for name in ("resident", "parked", "evicted")
+        ]
+        assert counted[0] == there.count(Level.DEVICE)
+        assert sum(count or 0 for count in counted) == len(service._held)
         assert there.count(Level.DEVICE) <= 2
         assert there.count(Level.HOST) <= 2
         assert there.count(Level.STORE) >= 2

@@ -16,7 +16,8 @@ from tests.mesh.producer import Producer
 
 
 def data(count: int) -> list[Datum]:
-    return [Datum(tokens=Int32s([5, 6, 7, index]), targets=Int32s([6, 7, index, 9])) for index in range(count)]
+    own = [index % 200 for index in range(count)]
+    return [Datum(tokens=Int32s([5, 6, 7, token]), targets=Int32s([6, 7, token, 9])) for token in own]
 
 
 def large(producer: Producer, count: int) -> AnyOperation:
@@ -51,15 +52,18 @@ async def test_a_large_operation_does_not_hold_up_a_small_one_of_another_tenant(
         answered.append(producer.run)
         return result
 
-    async with place.trainer(max_pass_tokens=8) as (service, _):
+    async with place.trainer(max_pass_tokens=8) as (service, node):
         await asyncio.gather(one.create(), two.create())
-        first = asyncio.create_task(ask(one, large(one, 200)))
+        first = asyncio.create_task(ask(one, large(one, 600)))
         await eventually(lambda: begun(service._runs.held["run-1"]))
+        assert 0 < service._held["run-1"].tokens_waiting < 2400
         await ask(two, two.train([5, 6, 7]))
         await first
-        registry = service._metrics.tokens
-        assert registry.labels("ann")._value.get() == 800
-        assert registry.labels("bob")._value.get() == 2
+        measured = node.telemetry.registry.get_sample_value
+        assert measured("openrl_trainer_tokens_total", {"tenant": "ann"}) == 2400
+        assert measured("openrl_trainer_tokens_total", {"tenant": "bob"}) == 2
+        assert (measured("openrl_trainer_passes_total") or 0) >= 300
+        assert measured("openrl_trainer_backlog_tokens") == 0
     assert answered == ["run-2", "run-1"]
 
 
@@ -86,6 +90,21 @@ async def test_an_operation_cut_short_is_done_once_by_the_next_trainer(place: Pl
     assert (record.value.snapshot is None) == killed
     async with place.trainer(replica="trainer-2"):
         assert await asked == pytest.approx(expected, rel=1e-4)
+
+
+async def test_an_operation_cut_short_by_a_lost_lease_is_done_once(place: Place, bus: Bus) -> None:
+    undisturbed, producer = Producer(bus, "undisturbed"), Producer(bus, "disturbed")
+    async with place.trainer(max_pass_tokens=8) as (service, _):
+        await undisturbed.create()
+        await producer.create()
+        expected = await trained(undisturbed, 200)
+        asked = asyncio.create_task(trained(producer, 200))
+        first = service._held["disturbed"]
+        await eventually(lambda: begun(first))
+        await service._runs._let_go("disturbed")  # to be claimed again, by the same trainer
+        assert first.data_done, "between two parts"
+        assert await asked == pytest.approx(expected, rel=1e-4)
+        assert service._held["disturbed"] is not first
 
 
 async def test_a_large_operation_with_a_bad_datum_at_its_end_fails_alone(place: Place, bus: Bus) -> None:

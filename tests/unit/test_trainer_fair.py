@@ -86,6 +86,7 @@ def test_a_pass_keeps_to_its_budget_and_leaves_no_room_that_anything_fits_into(
         sizes = [size for piece in pieces for size in heads[piece.run][piece.first : piece.stop]]
         assert sum(sizes) <= 100 or len(sizes) == 1
         assert len({piece.run for piece in pieces}) == len(pieces)
+        assert all(-300 <= credit <= 100 for credit in simulation.fair._credit.values()), "two data, and one pass"
         stops = begun | {piece.run: piece.stop for piece in pieces}
         left = [data[stops[run]] for run, data in heads.items() if stops[run] < len(data)]
         assert all(sum(sizes) + size > 100 for size in left)
