@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from loadtest.shapes import PEAK_FLOPS, SHAPES
 from services.trainer.engines.base import PassItem
-from services.trainer.engines.fused.layers import ON_GPU
+from services.trainer.engines.factory import fused_options
 from services.trainer.engines.torch_engine import TorchTrainerEngine
 from shared.contracts.arrays import Float32s, Int32s
 from shared.contracts.policies import LoraSpec
@@ -224,7 +224,7 @@ def make_engines(name: str, weights: str | None, most: int) -> dict[bool, TorchT
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model: PreTrainedModel = load_base(weights, device=device) if weights else SHAPES[name].model(device, dtype)
-    fused = ON_GPU if device == "cuda" else None
+    fused = fused_options(device)
     return {
         modules: TorchTrainerEngine(name, model, max_pass_tokens=most, fused=None if modules else fused)
         for modules in (False, True)

@@ -37,6 +37,9 @@ class TrainerConfig(ServiceConfig, frozen=True, kw_only=True):
     """Tokens in one forward and backward pass. A larger operation goes through several."""
     tenant_weights: dict[str, Weight] = {}
     """Shares of the passes among the owners of runs that wait, by owner; 1 for one that is not named."""
+    recompute_tokens: int | None = None
+    """Passes of more tokens than this keep only the hidden states between layers and compute the rest again on the way
+    back: less memory for long sequences, a third more work. None: never. Not for Gemma 2 and 3."""
     max_backlog: int = 64
     """Operations of one run taken from its log ahead of time; the rest stays there."""
     missing_seconds: float = 300.0

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from services.trainer.engines import body, passes
 from services.trainer.engines.base import PassItem
+from services.trainer.engines.fused.layers import FusedOptions
 from services.trainer.engines.torch_engine import TorchTrainerEngine
 from shared.contracts.arrays import Float32s
 from shared.contracts.policies import LoraSpec
@@ -55,9 +56,13 @@ def engine(model: Path) -> TorchTrainerEngine:
 MIXTURES = ["abcd", "efgh", "cfeh", "bdeg"]
 
 
-@pytest.mark.parametrize("runs", [*RUNS, *MIXTURES])
-def test_runs_in_one_pass_train_as_each_alone_with_peft_and_torch_adamw(model: Path, tmp_path: Path, runs: str) -> None:
-    engine = TorchTrainerEngine("tiny", model, max_logits=40 * VOCABULARY)
+@pytest.mark.parametrize(
+    ("runs", "fused"), [*((runs, None) for runs in (*RUNS, *MIXTURES)), *((runs, FusedOptions()) for runs in MIXTURES)]
+)
+def test_runs_in_one_pass_train_as_each_alone_with_peft_and_torch_adamw(
+    model: Path, tmp_path: Path, runs: str, fused: FusedOptions | None
+) -> None:
+    engine = TorchTrainerEngine("tiny", model, max_logits=40 * VOCABULARY, fused=fused)
     references: dict[str, Alone] = {}
     for run in runs:
         engine.create_run(run, RUNS[run][0])
@@ -107,7 +112,13 @@ def test_two_half_batches_give_the_gradient_and_the_metrics_of_the_whole(model: 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize(
     "settings",
-    [{"max_pass_tokens": 1}, {"share_prefixes": False}, {"max_logits": 5 * VOCABULARY}, {"max_pass_tokens": 40}],
+    [
+        {"max_pass_tokens": 1},
+        {"share_prefixes": False},
+        {"max_logits": 5 * VOCABULARY},
+        {"max_pass_tokens": 40},
+        {"fused": FusedOptions()},
+    ],
     ids="-".join,
 )
 def test_results_do_not_depend_on_packing_sharing_or_chunks(model: Path, run: str, settings: dict[str, Any]) -> None:

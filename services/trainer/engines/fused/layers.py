@@ -48,10 +48,6 @@ class FusedOptions:
     share_prefixes: bool = True
 
 
-ON_GPU = FusedOptions(compile=True, graphs=True)
-"""Compiled and captured: launching kernels from Python takes longer than running them, even those of large models."""
-
-
 def supported(model: PreTrainedModel) -> bool:
     """Whether `FusedLayers` can run the model."""
     if model.config.model_type not in FAMILIES:
