@@ -36,10 +36,10 @@ types: $(STAMP) ## Static types, strict
 	$(BIN)/mypy
 
 unit: $(STAMP) ## Pure policies, contracts, engines
-	$(BIN)/python -m pytest tests/unit tests/contracts tests/engines tests/gpu
+	$(BIN)/python -m pytest --numprocesses 2 tests/unit tests/contracts tests/engines tests/gpu
 
 mesh: $(STAMP) ## Real nats-server, real services, one of them as processes
-	$(BIN)/python -m pytest tests/mesh
+	$(BIN)/python -m pytest --numprocesses 2 tests/mesh
 
 format: $(STAMP) ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
