@@ -289,6 +289,12 @@ def test_memory_that_runs_out_splits_the_pass_down_to_single_sequences(
     assert max(seen) > most
     assert "does not fit into the trainer's memory" in str(does_not.error)
     assert engine._states["long"].gradient is None
+    seen.clear()
+    good(*engine.forward_backward(items[:1]))
+    assert max(seen) <= most, "what did not fit is not tried again"
+    engine.drop_run("long")
+    good(*engine.forward_backward(items[:1]))
+    assert max(seen) > most, "until there is more room"
 
 
 @pytest.mark.parametrize("run", ["d", "f"])

@@ -40,12 +40,17 @@ class PassRunner:
         """`body` computes the layers of `model`, `bank` has the adapters of its unembedding."""
         self._body, self._bank, self._settings = body, bank, settings
         self._unembed = unembedding(model)
+        self._max_rows = settings.max_rows
+
+    def try_large_passes(self) -> None:
+        """Take up large passes again, after memory has become free."""
+        self._max_rows = self._settings.max_rows
 
     def run(self, work: Work, states: Mapping[str, RunState]) -> None:
         """Fill the log-probabilities, gradients and failures of `work`. No state changes."""
         for backward in (True, False):
             trees = [tree for tree, moves in self._trees(work) if moves == backward]
-            for part in fill_passes(trees, self._settings.max_rows):
+            for part in fill_passes(trees, self._max_rows):
                 self._split_until_it_fits(work, states, part, backward=backward)
 
     def _trees(self, work: Work) -> Iterator[tuple[Tree, bool]]:
@@ -53,14 +58,17 @@ class PassRunner:
         for run, indices in work.sequences_by_run():
             for backward in (True, False):
                 chosen = {i: work.sequences[i] for i in indices if bool(work.moves[work.span(i)].any()) == backward}
-                most, shared = self._settings.max_rows, self._body.pairs_per_token
+                most, shared = self._max_rows, self._body.pairs_per_token
                 for tree in grow_trees(run, chosen, max_rows=most, pairs_per_token=shared):
                     yield tree, backward
 
     def _split_until_it_fits(
         self, work: Work, states: Mapping[str, RunState], part: list[Tree], *, backward: bool
     ) -> None:
-        """Compute a part; where the device's memory is too small, its halves, down to single sequences."""
+        """Compute a part; where the device's memory is too small, its halves, down to single sequences.
+
+        Parts as large are not tried again: finding out that they do not fit costs more than a pass.
+        """
         waiting = [part]
         while waiting:
             trees = waiting.pop()
@@ -72,6 +80,7 @@ class PassRunner:
                 text = f"a sequence of {trees[0].rows} tokens does not fit into the trainer's memory"
                 work.failures[str(trees[0].run)] = PermanentError(text)
             else:
+                self._max_rows = min(self._max_rows, max(1, sum(tree.rows for tree in trees) // 2))
                 waiting += reversed(halves)
 
     def _fits(self, work: Work, states: Mapping[str, RunState], trees: list[Tree], *, backward: bool) -> bool:

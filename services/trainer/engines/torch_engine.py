@@ -210,6 +210,7 @@ class TorchTrainerEngine:
     def park(self, run: str) -> None:
         """Move all of a run to host memory."""
         self._keeper.park(run)
+        self._runner.try_large_passes()
 
     def bring_back(self, run: str) -> None:
         """Move a parked run to the device. Raise `NoRoom`, leaving it parked."""
@@ -222,6 +223,7 @@ class TorchTrainerEngine:
     def drop_run(self, run: str) -> None:
         """Forget a run and free its memory. Unknown runs are ignored."""
         self._keeper.drop(run)
+        self._runner.try_large_passes()
 
 
 def _check_adam(adam: AdamParams) -> None:
