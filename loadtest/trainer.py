@@ -75,8 +75,10 @@ CASES = [
     Case("8b-1", "llama-3-8b", 1, 4, 1024),
     Case("8b-8", "llama-3-8b", 8, 1, 512, against=("8b-1x512",)),
     Case("8b-1x512", "llama-3-8b", 1, 8, 512),
-    Case("cpu-8", "smollm2-135m", 8, 1, 24, against=("cpu-8-apart",)),
-    Case("cpu-8-apart", "smollm2-135m", 8, 1, 24, mixed=False),
+    Case("cpu-8x8", "smollm2-135m", 8, 1, 8, against=("cpu-8x8-apart",)),
+    Case("cpu-8x8-apart", "smollm2-135m", 8, 1, 8, mixed=False),
+    Case("cpu-8x24", "smollm2-135m", 8, 1, 24, against=("cpu-8x24-apart",)),
+    Case("cpu-8x24-apart", "smollm2-135m", 8, 1, 24, mixed=False),
 ]
 
 
