@@ -15,7 +15,9 @@ from services.trainer.engines.body import AdaptedModel, Body
 from services.trainer.engines.fused.layer import FAMILIES
 from services.trainer.engines.fused.layers import FusedLayers, FusedOptions, supported
 from services.trainer.engines.run_state import RunState
+from services.trainer.engines.torch_engine import TorchTrainerEngine
 from shared.contracts.policies import LoraSpec
+from shared.models import varlen
 from shared.models.loading import load_base
 from shared.models.lora import Adapter, AdapterBank
 from shared.models.packing import Tree, grow_trees, pack
@@ -113,3 +115,19 @@ def test_the_model_keeps_its_weights_under_their_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 def test_families_with_other_layers_are_left_to_their_own_modules(tmp_path: Path, family: str) -> None:
     assert not supported(load_base(make_tiny_model(tmp_path / family, family=family)))
+
+
+def test_layers_that_compute_something_else_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_tiny_model(tmp_path / "llama")
+    assert isinstance(TorchTrainerEngine("tiny", model, fused=FusedOptions())._runner._body, FusedLayers)
+
+    def misaligned(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+        return varlen_document(q, k[: len(q)], v[: len(q)], scale=scale, window=window)
+
+    varlen_document = varlen._document
+    monkeypatch.setattr(varlen, "_document", misaligned)
+    engine = TorchTrainerEngine("tiny", model, fused=FusedOptions())
+    assert isinstance(engine._runner._body, AdaptedModel)
+    assert "fused layers are not used" in caplog.text

@@ -42,11 +42,11 @@ def roomy(count: int) -> int:
 
 
 def rounded(rows: int) -> int:
-    """Return the size that a pass of `rows` rows is filled up to: four steps between powers of two.
+    """Return the size that a pass of `rows` rows is filled up to: multiples of 1,024, four between powers of two.
 
     Each size is compiled when it first comes, so there should be few; scheduled passes are near their budget anyway.
     """
-    step = max(128, roomy(rows) // 8)
+    step = max(1024, roomy(rows) // 8)
     return -(-rows // step) * step
 
 

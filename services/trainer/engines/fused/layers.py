@@ -6,7 +6,8 @@ models, the whole of a pass is captured in CUDA graphs (`graphs.Captured`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,15 @@ class FusedLayers:
         self._graphs = Graphs() if options.graphs else None
         self._last: tuple[Stacks, Callable[[Tensor], Sequence[Tensor]]] | None = None
         self._left: tuple[Stacks, Sequence[Tensor]] | None = None
+
+    @contextmanager
+    def uncaptured(self) -> Iterator[None]:
+        """Run passes kernel by kernel for a while."""
+        graphs, self._graphs = self._graphs, None
+        try:
+            yield
+        finally:
+            self._graphs = graphs
 
     def forward(
         self, packed: Packed, trees: Sequence[Tree], states: Mapping[str, RunState], *, backward: bool
