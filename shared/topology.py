@@ -80,7 +80,7 @@ class Channel(Generic[T]):
 
     name: str
     template: str
-    """The subject; each `{part}` is filled with one token (a request id may be two, `asker.id`)."""
+    """The subject; each `{part}` is filled with one token (a request id may be several, as `asker.id`)."""
     type: Any
     stream: Stream
     json: bool = False
@@ -106,6 +106,11 @@ def token(text: str) -> str:
     return _SPECIAL.sub(lambda found: "".join(f"={byte:02X}" for byte in found.group().encode()), text)
 
 
+def is_request(text: str) -> bool:
+    """Whether an answer to this request id can be published at all."""
+    return all(0 < len(part) <= MAX_NAME for part in text.split("."))
+
+
 def untoken(text: str) -> str:
     """The text that `token` was given."""
     encoded = re.sub(r"=([0-9A-F]{2})", lambda found: chr(int(found.group(1), 16)), text)
@@ -114,7 +119,7 @@ def untoken(text: str) -> str:
 
 def _tokens(name: str, value: str) -> str:
     if name == "request":
-        return ".".join(token(part) for part in value.split(".", 1))
+        return ".".join(token(part) for part in value.split("."))
     return token(value)
 
 
