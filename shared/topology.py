@@ -134,6 +134,7 @@ SUBMIT = Channel[SubmitJob]("submit", "rl.v1.jobs.submit", SubmitJob, JOBS, json
 CANCEL = Channel[ControlJob]("cancel", "rl.v1.jobs.cancel", ControlJob, JOBS, json=True)
 PAUSE = Channel[ControlJob]("pause", "rl.v1.jobs.pause", ControlJob, JOBS, json=True)
 RESUME = Channel[ControlJob]("resume", "rl.v1.jobs.resume", ControlJob, JOBS, json=True)
+DELETE = Channel[ControlJob]("delete", "rl.v1.jobs.delete", ControlJob, JOBS, json=True)
 ENVIRONMENT_CHECKS = Channel[CheckEnvironment](
     "environment_checks", "rl.v1.checks.environment", CheckEnvironment, CHECKS
 )
@@ -151,8 +152,8 @@ JOB_PROGRESS = Channel[JobProgressed]("progress", "rl.v1.events.progress.{job}",
 JOB_PHASES = Channel[JobChanged]("phases", "rl.v1.events.job.{job}", JobChanged, EVENTS, json=True)
 DEAD_LETTERS = Channel[DeadLetter]("dead_letters", "rl.v1.dead.{stream}", DeadLetter, DEAD)
 CHANNELS: tuple[Channel[Any], ...] = (
-    SUBMIT, CANCEL, PAUSE, RESUME, ENVIRONMENT_CHECKS, REWARD_CHECKS, OPERATIONS, SAMPLES, GROUPS, PLAYED, SCORED,
-    ANSWERS, POLICIES_PUBLISHED, JOB_PROGRESS, JOB_PHASES, DEAD_LETTERS,
+    SUBMIT, CANCEL, PAUSE, RESUME, DELETE, ENVIRONMENT_CHECKS, REWARD_CHECKS, OPERATIONS, SAMPLES, GROUPS, PLAYED,
+    SCORED, ANSWERS, POLICIES_PUBLISHED, JOB_PROGRESS, JOB_PHASES, DEAD_LETTERS,
 )  # fmt: skip
 
 

@@ -120,7 +120,7 @@ class JobAnswer(Contract, tag_field="kind", tag="job"):
 
 
 class ControlJob(Contract):
-    """Cancel, pause or resume a job; which one, the subject says."""
+    """Cancel, pause, resume or delete a job; which one, the subject says."""
 
     job: str
     request_id: str | None = None

@@ -220,6 +220,7 @@ MESSAGES: dict[str, tuple[topology.Channel[Any], Any]] = {
         topology.ANSWERS,
         JobAnswer(request_id="r", job="first-1", errors=[FieldError(path="seed", message="wrong")]),
     ),
+    "delete": (topology.DELETE, ControlJob(job="first-1", request_id="r")),
     "check_environment": (
         topology.ENVIRONMENT_CHECKS,
         CheckEnvironment(

@@ -26,6 +26,7 @@ from shared import topology
 from shared.bus import Bus
 from shared.contracts.jobs import FINISHED, ControlJob, JobAnswer, JobRecord, StepReport, SubmitJob
 from shared.contracts.replicas import ReplicaRecord
+from shared.errors import UserError
 from shared.process import running
 from tests.mesh.harness import MODEL, Place, eventually
 
@@ -303,6 +304,26 @@ async def test_a_job_is_cancelled_paused_and_resumed(place: Place, bus: Bus) -> 
             await command(topology.CANCEL, answer.job)
         with pytest.raises(Exception, match="there is no job 'nobody'"):
             await command(topology.CANCEL, "nobody")
+
+
+async def test_a_finished_job_is_deleted_with_everything_that_it_left(place: Place, bus: Bus) -> None:
+    async def delete(job_id: str) -> None:
+        await bus.ask(topology.DELETE, ControlJob(job=job_id, request_id=bus.new_request()), timeout=20)
+
+    async with mesh(place):
+        kept, gone = await finished(bus, job()), await finished(bus, job(name="gone"))
+        running_ = await submit(bus, job(name="long", algorithm={"steps": 500}))
+        assert running_.job is not None
+        with pytest.raises(UserError, match=f"cancel it first, `openrl cancel {running_.job}`"):
+            await delete(running_.job)
+        await delete(gone.job)
+        with pytest.raises(UserError, match="there is no job"):
+            await delete(gone.job)
+    assert not [path for path in place.directory.rglob("*") if path.is_file() and gone.job in str(path)]
+    assert Path(kept.adapter).exists()
+    assert {entry.key[0] for entry in await bus.table(topology.JOB_RECORDS).items()} == {kept.job, running_.job}
+    assert not [entry for entry in await bus.table(topology.POLICIES).items() if entry.key[0] == gone.run]
+    assert await bus.last_place(topology.JOB_PROGRESS, job=gone.job) == 0
 
 
 async def test_a_coordinator_that_comes_back_goes_on_where_it_was(place: Place, bus: Bus) -> None:
