@@ -8,14 +8,15 @@ from services.trainer.config import TrainerConfig
 from services.trainer.engines.base import TrainerEngine
 from services.trainer.engines.fused.layers import ON_GPU
 from services.trainer.engines.torch_engine import TorchTrainerEngine
+from shared.models.devices import usable
 from shared.models.loading import load_base
 
 
 def make_engine(config: TrainerConfig) -> TrainerEngine:
-    """Load the base model and return the engine. Raise `UserError` if the model cannot be used."""
+    """Load the base model and return the engine. Raise `UserError` if the model or the device cannot be used."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    device = usable(config.device)
     model = load_base(config.model_dir, device=device)
     return TorchTrainerEngine(
         config.base_model,
