@@ -71,7 +71,7 @@ def _check(data: Any, kind: Any, place: Place) -> tuple[Any, list[FieldError]]:
         msgspec.convert(data, kind, dec_hook=arrays.decode)
     except msgspec.ValidationError as error:
         return _NOTHING, [_located(error, place.path, data, kind)]
-    errors = list(not_finite(data, place))
+    errors = list(unwritable(data, place))
     return (_NOTHING if errors else data), errors
 
 
@@ -94,16 +94,18 @@ def _check_struct(
     return right, errors
 
 
-def not_finite(data: Any, place: Place) -> Iterator[FieldError]:
-    """An error for every number in plain data that is not finite. No field means anything by one, JSON has none."""
+def unwritable(data: Any, place: Place) -> Iterator[FieldError]:
+    """An error for every number in plain data that a message cannot carry: JSON has no NaN, MessagePack 64 bits."""
     if isinstance(data, float) and not math.isfinite(data):
         yield FieldError(path=place.path, message=f"{data} is no finite number")
+    elif isinstance(data, int) and not -(2**63) <= data < 2**64:
+        yield FieldError(path=place.path, message=f"{str(data)[:40]} does not fit into 64 bits")
     elif isinstance(data, dict):
         for key, value in data.items():
-            yield from not_finite(value, place.field(str(key)))
+            yield from unwritable(value, place.field(str(key)))
     elif isinstance(data, list):
         for number, value in enumerate(data):
-            yield from not_finite(value, place.item(number))
+            yield from unwritable(value, place.item(number))
 
 
 def unknown(key: Any, known: Iterable[str], place: Place) -> FieldError:

@@ -67,8 +67,8 @@ def parse_spec(text: str, source: str) -> Any:
         raise UserError(f"{source} is not valid JSON: {error}; a TOML file must be called .toml") from None
     except _RepeatedKey as error:
         raise UserError(f"{source} has the key {error.args[0]!r} twice in one object: leave one") from None
-    # JSON has no such numbers: on the way to the coordinator they would become null.
-    if errors := list(validation.not_finite(spec, validation.Place("", "field"))):
+    # On the way to the coordinator NaN would become null.
+    if errors := list(validation.unwritable(spec, validation.Place("", "field"))):
         raise Refused("the job", errors)
     return spec
 
