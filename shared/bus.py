@@ -82,7 +82,8 @@ class Bus:
         self.client = client
         self.stream_context: JetStreamContext = client.jetstream(timeout=5.0)
         self.blobs = blobs
-        self.asker = f"{topology.token(name)}-{uuid.uuid4().hex[:8]}"
+        # Plain, so that it passes where others' request ids are looked at closely.
+        self.asker = f"{topology.token(name).replace('=', '-')}-{uuid.uuid4().hex[:8]}"
         self._waiting: dict[str, asyncio.Future[Result]] = {}
         self._answers_open = False
 
@@ -153,10 +154,14 @@ class Bus:
         headers[api.Header.MSG_ID.value] = msg_id or uuid.uuid4().hex
         return await self._store(channel.subject(**parts), body, headers)
 
-    async def answer(self, result: Result, *, json: bool | None = None) -> None:
-        """Publish the one answer of a request. A second one for the same request is dropped."""
+    async def answer(self, result: Result, *, json: bool | None = None, msg_id: str | None = None) -> None:
+        """Publish the one answer of a request. A second one is dropped, unless it has another `msg_id`."""
         await self.publish(
-            topology.ANSWERS, result, msg_id=f"answer/{result.request_id}", json=json, request=result.request_id
+            topology.ANSWERS,
+            result,
+            msg_id=msg_id or f"answer/{result.request_id}",
+            json=json,
+            request=result.request_id,
         )
 
     async def bury(self, stream: str, subject: str, body: bytes, headers: Mapping[str, str], why: str, n: int) -> None:
@@ -165,9 +170,18 @@ class Bus:
         letter = DeadLetter(stream=stream, subject=subject, reason=why, deliveries=n, body=body, headers=dict(headers))
         await self.publish(topology.DEAD_LETTERS, letter, stream=stream)
 
-    async def refuse(self, request: str, error: BaseException, *, json: bool | None = None) -> None:
-        """Answer a request with why nothing came of it."""
-        await self.answer(RequestFailed(request_id=request, failure=failure_of(error)), json=json)
+    async def refuse(self, raw: Stored, error: BaseException) -> None:
+        """Tell whoever sent a message why nothing came of it, if it says who that is."""
+        headers, msg_id = raw.headers, None
+        request = headers.get(REQUEST_HEADER)
+        if not request:
+            # A bare client writes it into the body only. It may also use an id again, so each message is answered.
+            request = wire.request_in(raw.body)
+            msg_id = f"answer/{request}/{raw.seq}"
+        if not request or not topology.is_request(request):
+            return
+        json = "json" in headers.get(wire.CONTENT_TYPE, wire.JSON)
+        await self.answer(RequestFailed(request_id=request, failure=failure_of(error)), json=json, msg_id=msg_id)
 
     async def _check_in(self, body: bytes) -> str:
         # Named by its content: a publisher that tries again does not leave a copy each time.
@@ -217,8 +231,7 @@ class Bus:
                 return
             except PermanentError as error:
                 await self.bury(channel.stream.name, raw.subject, raw.body, raw.headers, str(error), 1)
-                if request := raw.headers.get(REQUEST_HEADER):
-                    await self.refuse(request, error)
+                await self.refuse(raw, error)
                 if on_unreadable is not None:
                     await on_unreadable(raw, error)
                 continue

@@ -10,12 +10,13 @@ import json
 import logging
 import secrets
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from aiohttp import web
@@ -25,6 +26,8 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from prometheus_client.aiohttp import make_aiohttp_handler
 
 from shared.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _bound: ContextVar[Mapping[str, str]] = ContextVar("bound", default=MappingProxyType({}))
 
@@ -70,6 +73,23 @@ def log_as_json(service: str, replica: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(service, replica))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def log_what_nobody_caught() -> None:
+    """Write an error that ends the process, or a thread, and warnings as log entries rather than as bare text."""
+
+    def ended(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            return
+        log.critical("%s: %s", kind.__qualname__, error, exc_info=(kind, error, trace))
+
+    def thread_ended(arguments: threading.ExceptHookArgs) -> None:
+        error = arguments.exc_value
+        log.error("thread %s ended by an error", arguments.thread and arguments.thread.name, exc_info=error)
+
+    sys.excepthook = ended
+    threading.excepthook = thread_ended
+    logging.captureWarnings(True)
 
 
 def trace_headers() -> dict[str, str]:

@@ -16,7 +16,9 @@ from typing import Any, Generic, TypeVar, cast, get_type_hints
 
 import msgspec
 
+from shared import validation
 from shared.contracts.base import NAME_PATTERN, Strict
+from shared.contracts.jobs import FieldError
 from shared.errors import UserError
 
 T = TypeVar("T")
@@ -97,6 +99,17 @@ def checked_params(family: Family, name: str, kind: type[S], params: Mapping[str
     except msgspec.ValidationError as error:
         text = str(error).replace("`$.", f"`{path}.")
         raise UserError(f"{family.word} {name!r}: {text} (its parameters: {known})") from None
+
+
+def param_errors(kind: type[msgspec.Struct], params: Any, path: str) -> list[FieldError]:
+    """Everything that is wrong with parameters, each with its path; `path` is where they stand in a job."""
+    known = kind.__struct_fields__
+    _, errors = validation.convert(params, kind, path, "parameter")
+    if not isinstance(params, dict) or kind.__struct_config__.forbid_unknown_fields:
+        return errors
+    return errors + [
+        validation.unknown(name, known, validation.Place(path, "parameter")) for name in params if name not in known
+    ]
 
 
 def _sources(family: Family, plugins: Sequence[str]) -> Iterable[tuple[str, str]]:

@@ -48,6 +48,7 @@ def main(service: str, kind: type[ConfigT], build: Build[ConfigT]) -> None:
     try:
         config = configuration.load(kind, service, arguments.config)
         observe.log_as_json(service, replica_name(service, config), config.log_level)
+        observe.log_what_nobody_caught()
         asyncio.run(_until_stopped(service, config, build))
     except UserError as error:
         if not logging.getLogger().handlers:

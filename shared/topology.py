@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
+from shared.contracts.checks import CheckEnvironment, CheckReward
 from shared.contracts.episodes import GroupScored, PlayGroup, ScoreGroup
-from shared.contracts.jobs import ControlJob, JobChanged, JobProgressed, JobRecord, SubmitJob
+from shared.contracts.jobs import ControlJob, JobChanged, JobProgressed, JobRecord, Submission, SubmitJob
 from shared.contracts.policies import PolicyPublished, PolicyRecord
 from shared.contracts.replicas import ReplicaRecord
 from shared.contracts.results import DeadLetter, Result
@@ -59,6 +60,7 @@ class Stream:
 
 
 JOBS = Stream("JOBS", ("rl.v1.jobs.*",), Kept.BY_LIMITS, max_age=7 * DAY, max_bytes=64 * MIB)
+CHECKS = Stream("CHECKS", ("rl.v1.checks.*",), Kept.UNTIL_DONE, max_age=60.0, max_bytes=16 * MIB, duplicate_window=60.0)
 TRAIN = Stream("TRAIN", ("rl.v1.train.*",), Kept.BY_LIMITS, max_bytes=4096 * MIB)
 SAMPLE = Stream("SAMPLE", ("rl.v1.sample.*",), Kept.UNTIL_DONE)
 EPISODES = Stream("EPISODES", ("rl.v1.episodes.*",), Kept.UNTIL_DONE)
@@ -69,7 +71,7 @@ ROLLOUTS = Stream(
 RESULTS = Stream("RESULTS", ("rl.v1.results.>",), Kept.BY_LIMITS, max_age=HOUR, max_bytes=1024 * MIB, drops_oldest=True)
 EVENTS = Stream("EVENTS", ("rl.v1.events.>",), Kept.BY_LIMITS, max_age=7 * DAY, drops_oldest=True)
 DEAD = Stream("DEAD", ("rl.v1.dead.>",), Kept.BY_LIMITS, max_age=30 * DAY, drops_oldest=True)
-STREAMS = (JOBS, TRAIN, SAMPLE, EPISODES, SCORES, ROLLOUTS, RESULTS, EVENTS, DEAD)
+STREAMS = (JOBS, CHECKS, TRAIN, SAMPLE, EPISODES, SCORES, ROLLOUTS, RESULTS, EVENTS, DEAD)
 MOST_BYTES = sum(stream.max_bytes for stream in STREAMS)
 """What a nats-server must be allowed to store."""
 
@@ -80,7 +82,7 @@ class Channel(Generic[T]):
 
     name: str
     template: str
-    """The subject; each `{part}` is filled with one token (a request id may be two, `asker.id`)."""
+    """The subject; each `{part}` is filled with one token (a request id may be several, as `asker.id`)."""
     type: Any
     stream: Stream
     json: bool = False
@@ -106,6 +108,16 @@ def token(text: str) -> str:
     return _SPECIAL.sub(lambda found: "".join(f"={byte:02X}" for byte in found.group().encode()), text)
 
 
+def is_request(text: str) -> bool:
+    """Whether an answer to this request id can be published at all."""
+    return all(0 < len(part) <= MAX_NAME for part in text.split("."))
+
+
+def is_plain_request(text: str) -> bool:
+    """Whether a request id stands in the subject of its answer as it is, so that anybody can subscribe to it."""
+    return len(text) <= MAX_NAME and re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", text) is not None
+
+
 def untoken(text: str) -> str:
     """The text that `token` was given."""
     encoded = re.sub(r"=([0-9A-F]{2})", lambda found: chr(int(found.group(1), 16)), text)
@@ -114,7 +126,7 @@ def untoken(text: str) -> str:
 
 def _tokens(name: str, value: str) -> str:
     if name == "request":
-        return ".".join(token(part) for part in value.split(".", 1))
+        return ".".join(token(part) for part in value.split("."))
     return token(value)
 
 
@@ -122,6 +134,11 @@ SUBMIT = Channel[SubmitJob]("submit", "rl.v1.jobs.submit", SubmitJob, JOBS, json
 CANCEL = Channel[ControlJob]("cancel", "rl.v1.jobs.cancel", ControlJob, JOBS, json=True)
 PAUSE = Channel[ControlJob]("pause", "rl.v1.jobs.pause", ControlJob, JOBS, json=True)
 RESUME = Channel[ControlJob]("resume", "rl.v1.jobs.resume", ControlJob, JOBS, json=True)
+DELETE = Channel[ControlJob]("delete", "rl.v1.jobs.delete", ControlJob, JOBS, json=True)
+ENVIRONMENT_CHECKS = Channel[CheckEnvironment](
+    "environment_checks", "rl.v1.checks.environment", CheckEnvironment, CHECKS
+)
+REWARD_CHECKS = Channel[CheckReward]("reward_checks", "rl.v1.checks.reward", CheckReward, CHECKS)
 OPERATIONS = Channel[AnyOperation]("operations", "rl.v1.train.{run}", AnyOperation, TRAIN)
 SAMPLES = Channel[SampleRequest]("samples", "rl.v1.sample.{pool}", SampleRequest, SAMPLE)
 GROUPS = Channel[PlayGroup]("groups", "rl.v1.episodes.{environment}", PlayGroup, EPISODES)
@@ -135,8 +152,8 @@ JOB_PROGRESS = Channel[JobProgressed]("progress", "rl.v1.events.progress.{job}",
 JOB_PHASES = Channel[JobChanged]("phases", "rl.v1.events.job.{job}", JobChanged, EVENTS, json=True)
 DEAD_LETTERS = Channel[DeadLetter]("dead_letters", "rl.v1.dead.{stream}", DeadLetter, DEAD)
 CHANNELS: tuple[Channel[Any], ...] = (
-    SUBMIT, CANCEL, PAUSE, RESUME, OPERATIONS, SAMPLES, GROUPS, PLAYED, SCORED, ANSWERS, POLICIES_PUBLISHED,
-    JOB_PROGRESS, JOB_PHASES, DEAD_LETTERS,
+    SUBMIT, CANCEL, PAUSE, RESUME, DELETE, ENVIRONMENT_CHECKS, REWARD_CHECKS, OPERATIONS, SAMPLES, GROUPS, PLAYED,
+    SCORED, ANSWERS, POLICIES_PUBLISHED, JOB_PROGRESS, JOB_PHASES, DEAD_LETTERS,
 )  # fmt: skip
 
 
@@ -172,6 +189,8 @@ def job_consumer(channel: Channel[T]) -> Consumer[T]:
 
 
 GROUP_PLAYERS = Consumer(name="environment", channel=GROUPS, subject=GROUPS.pattern, max_pending=512)
+ENVIRONMENT_CHECKERS = Consumer("environment-checks", ENVIRONMENT_CHECKS, ENVIRONMENT_CHECKS.pattern)
+REWARD_CHECKERS = Consumer("reward-checks", REWARD_CHECKS, REWARD_CHECKS.pattern)
 GROUP_SCORERS = Consumer(name="reward", channel=PLAYED, subject=PLAYED.pattern)
 
 
@@ -193,6 +212,7 @@ class Bucket(Generic[T]):
 RUNS = Bucket("runs", RunRecord)
 JOB_RECORDS = Bucket("jobs", JobRecord)
 POLICIES = Bucket("policies", PolicyRecord)
+SUBMISSIONS = Bucket("submissions", Submission, ttl=JOBS.max_age)
 LEASES = Bucket("leases", Lease, ttl=10.0)
 REPLICAS = Bucket("replicas", ReplicaRecord, ttl=10.0)
-BUCKETS: tuple[Bucket[Any], ...] = (RUNS, JOB_RECORDS, POLICIES, LEASES, REPLICAS)
+BUCKETS: tuple[Bucket[Any], ...] = (RUNS, JOB_RECORDS, SUBMISSIONS, POLICIES, LEASES, REPLICAS)

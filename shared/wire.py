@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from functools import lru_cache
+from json import loads
 from typing import Any
 
 import msgspec
@@ -13,6 +16,11 @@ from shared.errors import UserError
 JSON = "application/json"
 MSGPACK = "application/msgpack"
 CONTENT_TYPE = "Content-Type"
+
+_REQUEST = re.compile(rb'"request_id"\s*:\s*"([A-Za-z0-9._-]+)"')
+"""In JSON that is broken elsewhere."""
+_MAPS = {bytes([first]) for first in (*range(0x80, 0x90), 0xDE, 0xDF)}
+"""How a map begins in MessagePack."""
 
 _json_encoder = msgspec.json.Encoder(enc_hook=arrays.to_list)
 _msgpack_encoder = msgspec.msgpack.Encoder(enc_hook=arrays.to_bytes)
@@ -29,7 +37,25 @@ def decode(body: bytes, kind: Any, *, json: bool) -> Any:
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, ValueError) as error:
+        if not json and body[:1] not in _MAPS:
+            raise UserError(
+                f"not a valid {_name(kind)}: neither a JSON object nor a MessagePack map, it begins with {body[:20]!r}"
+            ) from None
         raise UserError(f"not a valid {_name(kind)}: {error}") from None
+
+
+def request_in(body: bytes) -> str | None:
+    """The `request_id` in a body that need not be of any type, nor even right, so that its sender can be told."""
+    found: Any = None
+    for decoder in (loads, msgspec.msgpack.decode):  # the first reads NaN too, which a sender may have written
+        with contextlib.suppress(ValueError, RecursionError, msgspec.MsgspecError):
+            found = decoder(body)
+            break
+    if isinstance(found, dict):
+        request = found.get("request_id")
+        return str(request) if isinstance(request, (str, int)) else None
+    written = _REQUEST.search(body)
+    return written[1].decode() if written else None
 
 
 def is_json(headers: dict[str, str] | None, body: bytes) -> bool:

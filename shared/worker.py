@@ -27,8 +27,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from shared import observe
 from shared.bus import BLOB_HEADER, REQUEST_HEADER, Bus, Delivery
-from shared.contracts.results import RequestFailed
 from shared.errors import MeshError, PermanentError, TemporaryError, failure_of
+from shared.tables import Stored
 from shared.tasks import cancelled
 from shared.topology import Consumer, Kept
 
@@ -213,10 +213,9 @@ class Worker(Generic[T]):
         # On a work queue a message stays behind even after its last delivery: it must be buried, then terminated.
         stream = self._consumer.channel.stream.name
         why = failure_of(error).message
-        await self._bus.bury(stream, msg.subject, msg.data, headers, why, msg.metadata.num_delivered)
-        if request := headers.get(REQUEST_HEADER):
-            json = "json" in headers.get("Content-Type", "json")
-            await self._bus.answer(RequestFailed(request_id=request, failure=failure_of(error)), json=json)
+        meta = msg.metadata
+        await self._bus.bury(stream, msg.subject, msg.data, headers, why, meta.num_delivered)
+        await self._bus.refuse(Stored(msg.subject, meta.sequence.stream, msg.data, headers), error)
         await msg.term()
         return "dead"
 

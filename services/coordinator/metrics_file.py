@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 
+from shared import topology
 from shared.contracts.jobs import Evaluation, StepReport
 
 log = logging.getLogger(__name__)
@@ -18,6 +19,11 @@ Kind = Literal["step", "evaluation"]
 class _Line(msgspec.Struct):
     kind: Kind
     step: int
+
+
+def path_of(directory: Path, job: str) -> Path:
+    """Where a job's metrics are written."""
+    return directory / f"{topology.token(job)}.jsonl"
 
 
 class MetricsFile:

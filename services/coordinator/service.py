@@ -2,7 +2,7 @@
 
 | loop | consumes | waits for | unblocked by |
 |---|---|---|---|
-| submit, cancel, pause, resume | `rl.v1.jobs.*` | nothing | anyone's message |
+| submit, cancel, pause, resume, delete | `rl.v1.jobs.*` | nothing | anyone's message |
 | jobs | bucket `jobs` | a job that is open | a submission, an owner's wish |
 | claims | open jobs that nobody drives | a lease | expiry of a killed coordinator's lease |
 | a job | see `services.coordinator.driver` | | |
@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from services.coordinator.config import CoordinatorConfig
+from services.coordinator.deletion import Deletions
 from services.coordinator.handlers import Controls, Submissions
 from services.coordinator.jobs import Jobs
 from services.coordinator.metrics import CoordinatorMetrics
@@ -41,6 +43,7 @@ class CoordinatorService:
             self._worker(topology.CANCEL, Controls(node.bus, "cancel")),
             self._worker(topology.PAUSE, Controls(node.bus, "pause")),
             self._worker(topology.RESUME, Controls(node.bus, "run")),
+            self._worker(topology.DELETE, Deletions(node.bus, node.blobs, Path(config.metrics_dir))),
         ]
 
     def activity(self) -> str:
@@ -56,8 +59,7 @@ class CoordinatorService:
 
     async def stop(self) -> None:
         """Let go of all jobs; another coordinator, or this one after a restart, goes on."""
-        for worker in self._workers:
-            await worker.stop(self._node.drain_seconds)
+        await asyncio.gather(*(worker.stop(self._node.drain_seconds) for worker in self._workers))
         await self._jobs.stop()
 
     async def _sweep(self) -> None:

@@ -12,6 +12,7 @@ import msgspec
 from services.environment.api import Environment, EnvironmentParams, NoParams, Split, Task
 from shared import plugins
 from shared.contracts.episodes import EnvironmentSpec
+from shared.contracts.jobs import FieldError
 from shared.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,14 @@ class Registry:
             raise plugins.unknown(FAMILY, spec.name, self.names, self._broken)
         params_type = getattr(kind, "Params", NoParams)
         return kind(plugins.checked_params(FAMILY, spec.name, params_type, spec.params, "environment.params"))
+
+    def errors(self, name: str, params: Mapping[str, Any], path: str) -> list[FieldError]:
+        """What can be told to be wrong without making the environment; `path` is where it stands in a job."""
+        kind = self._kinds.get(name)
+        if kind is None:
+            reason = plugins.unknown(FAMILY, name, self.names, self._broken)
+            return [FieldError(path=f"{path}.name", message=str(reason))]
+        return plugins.param_errors(getattr(kind, "Params", NoParams), params, f"{path}.params")
 
 
 def kind_of(name: str, thing: object) -> type[Environment[Any]]:

@@ -5,9 +5,11 @@
 | worker  | `PlayGroup` of all environments   | a free one of `concurrency` groups     | a group that ends          |
 | group   | one `PlayGroup`                   | tokenizer, task, first replies of all  | a thread; the samplers     |
 | episode | replies to its own prompts        | the environment's step; the next reply | a thread; the samplers     |
+| checks  | `CheckEnvironment`                | making the environment; its first task | a thread; its time limit   |
 | maker   | first use of a model, environment | loading it, in a thread                | the thread; its time limit |
 
-Produces `ScoreGroup` for the reward service, or at once a `GroupScored` with the failure of a group. Keeps nothing
+Produces `ScoreGroup` for the reward service, or at once a `GroupScored` with the failure of a group, and answers to
+checks. Keeps nothing
 between groups but what can be made again: tokenizers and environments.
 """
 
@@ -17,6 +19,7 @@ import asyncio
 from collections.abc import Sequence
 
 from services.environment.calls import Calls
+from services.environment.checks import Checks
 from services.environment.config import EnvironmentConfig
 from services.environment.handlers import GroupHandler, Tables
 from services.environment.metrics import EnvironmentMetrics
@@ -24,11 +27,13 @@ from services.environment.player import Player
 from services.environment.pool import BusPool
 from services.environment.registry import Registry
 from shared import topology
+from shared.contracts.checks import CheckEnvironment
 from shared.contracts.episodes import PlayGroup
 from shared.errors import UserError
 from shared.node import Node
 from shared.worker import Worker
 
+CONCURRENT_CHECKS = 8
 LOADING_SECONDS = 120.0
 """For importing all plugins at the start."""
 
@@ -45,6 +50,7 @@ class EnvironmentService:
         self._calls = Calls(max_stuck=config.max_stuck, stuck=self._metrics.stuck)
         self._offers: list[str] = []
         self._worker: Worker[PlayGroup] | None = None
+        self._checker: Worker[CheckEnvironment] | None = None
 
     @property
     def offers(self) -> Sequence[str]:
@@ -71,12 +77,20 @@ class EnvironmentService:
             concurrency=self._config.concurrency,
             metrics=node.worker_metrics,
         )
+        self._checker = Worker(
+            node.bus,
+            topology.ENVIRONMENT_CHECKERS,
+            Checks(node.bus, registry, self._calls, node.tasks).handle,
+            concurrency=CONCURRENT_CHECKS,
+            metrics=node.worker_metrics,
+        )
         node.tasks.start("groups", self._worker.run())
+        node.tasks.start("checks", self._checker.run())
 
     async def stop(self) -> None:
         """See `Service.stop`."""
-        if self._worker:
-            await self._worker.stop(self._node.drain_seconds)
+        workers = [worker for worker in (self._worker, self._checker) if worker]
+        await asyncio.gather(*(worker.stop(self._node.drain_seconds) for worker in workers))
 
     async def _load(self) -> Registry:
         try:

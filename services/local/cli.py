@@ -22,11 +22,14 @@ from services.local.config import DEFAULT_PORT, mesh_commands
 from services.local.demo import SPEC, Demo, ensure_model, run_demo
 from services.local.job_commands import Data, Json, paths_of, showing
 from services.local.lifecycle import run_detached, run_up, take_down, told_and_logged, until_signal
+from services.local.machine import check_device
 from services.local.printing import as_json, table
 from shared.errors import MeshError, UserError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+"""Whatever is wrong with options and arguments; typer exports only this one kind of it."""
 
 app = typer.Typer(
     help="Runs RL post-training on one machine.",
@@ -50,7 +53,7 @@ def main() -> None:
     logging.basicConfig(level="WARNING", format="%(message)s")
     logging.getLogger("shared.bus").setLevel("ERROR")  # its first complaint about a server comes as our error as well
     with exit_with():
-        app()
+        sys.exit(app(standalone_mode=False))
 
 
 @contextlib.contextmanager
@@ -64,7 +67,13 @@ def exit_with() -> Iterator[None]:
     except MeshError as error:
         typer.echo(f"failed: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except USAGE_ERROR as error:
+        message = str(error.format_message()) if hasattr(error, "format_message") else str(error)
+        if message:
+            path = getattr(getattr(error, "ctx", None), "command_path", "openrl")
+            typer.echo(f"error: {' '.join(message.split())} (`{path} --help` shows what there is)", err=True)
+        sys.exit(USER_ERROR)
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
 
 
@@ -79,6 +88,7 @@ def up(
 ) -> None:
     """Start the whole mesh and keep it running until Ctrl-C or `openrl down`. Unfinished jobs go on."""
     paths = paths_of(data)
+    check_device(device)
     commands = mesh_commands(paths, models.chosen(paths, model or []), device=device)
     if not detach:
         run_up(paths, commands, port=port, echo=typer.echo)
@@ -95,10 +105,15 @@ def down(*, data: Data = Path(".openrl")) -> None:
 
 
 @app.command("status")
-def status_command(*, data: Data = Path(".openrl"), as_json_: Json = False) -> None:
+def status_command(
+    *,
+    data: Data = Path(".openrl"),
+    all_jobs: Annotated[bool, typer.Option("--all", help="All jobs, with their whole reasons.")] = False,
+    as_json_: Json = False,
+) -> None:
     """Show services, jobs and disk. Exit code 1 unless a mesh is running and every service is ready."""
     answer = asyncio.run(status.status(paths_of(data)))
-    typer.echo(as_json(answer) if as_json_ else status.text(answer))
+    typer.echo(as_json(answer) if as_json_ else status.text(answer, all_jobs=all_jobs))
     if not status.all_ready(answer):
         sys.exit(1)
 
@@ -154,6 +169,7 @@ def demo(
 ) -> None:
     """Train a small model from start to end: mesh up, job, evaluation, adapter in PEFT format, mesh down."""
     paths = paths_of(data)
+    check_device(device)
     paths.make()
     tell = told_and_logged(paths, typer.echo)
     commands = mesh_commands(paths, {model: ensure_model(paths, model, tell)}, device=device)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from services.local.config import Paths
 from services.local.state import require_running
-from shared import topology
+from shared import topology, validation
 from shared.blobs import BlobStore
 from shared.bus import Bus
 from shared.contracts.jobs import ControlJob, FieldError, JobAnswer, JobRecord, SubmitJob
@@ -24,11 +24,12 @@ ANSWER_SECONDS = 30.0
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-Action = Literal["cancel", "pause", "resume"]
+Action = Literal["cancel", "pause", "resume", "delete"]
 _CONTROL: dict[Action, Channel[ControlJob]] = {
     "cancel": topology.CANCEL,
     "pause": topology.PAUSE,
     "resume": topology.RESUME,
+    "delete": topology.DELETE,
 }
 
 
@@ -39,6 +40,10 @@ class Refused(UserError):
         self.errors = list(errors)
         lines = [f"{error.path}: {error.message}" if error.path else error.message for error in errors]
         super().__init__("\n".join([f"{what} was refused", *lines]))
+
+
+class _RepeatedKey(Exception):
+    """An object has the same key twice."""
 
 
 @contextlib.asynccontextmanager
@@ -55,11 +60,26 @@ async def connected(paths: Paths) -> AsyncIterator[Bus]:
 def parse_spec(text: str, source: str) -> Any:
     """A job's specification as plain data: TOML if `source` ends so, else JSON. The coordinator says what is wrong."""
     try:
-        return tomllib.loads(text) if source.endswith(".toml") else json.loads(text)
+        spec = tomllib.loads(text) if source.endswith(".toml") else json.loads(text, object_pairs_hook=_single_keys)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{source} is not valid TOML: {error}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{source} is not valid JSON: {error}; a TOML file must be called .toml") from None
+    except _RepeatedKey as error:
+        raise UserError(f"{source} has the key {error.args[0]!r} twice in one object: leave one") from None
+    # On the way to the coordinator NaN would become null.
+    if errors := list(validation.unwritable(spec, validation.Place("", "field"))):
+        raise Refused("the job", errors)
+    return spec
+
+
+def _single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _RepeatedKey(key)
+        found[key] = value
+    return found
 
 
 def read_spec(path: Path) -> Any:
@@ -81,7 +101,7 @@ async def submit(bus: Bus, spec: Any) -> str:
 
 
 async def control(bus: Bus, action: Action, job: str) -> None:
-    """Cancel, pause or resume a job. Raise `Refused` if that cannot be done."""
+    """Cancel, pause, resume or delete a job. Raise `Refused` if that cannot be done."""
     command = ControlJob(job=job, request_id=bus.new_request())
     await _ask(bus, _CONTROL[action], command, f"{action} {job}")
 

@@ -79,7 +79,7 @@ def outcome(view: JobView, out: Path, model: str, directory: Path) -> list[str]:
     """What to say at the end."""
     lines = []
     if pair := view.first_and_last:
-        lines += ["", *(evaluation_line(evaluation) for evaluation in pair)]
+        lines += ["", *(evaluation_line(evaluation, view.measure) for evaluation in pair)]
     return [
         *lines,
         "",

@@ -11,17 +11,18 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from services.local import client
 from services.local.config import Paths
 from services.local.lifecycle import until_signal
 from services.local.printing import as_json, job_summary, jobs_table
-from services.local.progress import JobView, phase_text
+from services.local.progress import JobView, measure, phase_text
 from services.local.show import JsonLines, Lines, LiveTable
 from services.local.state import lock_holder
 from services.local.watch import Show, watch
 from shared.contracts.jobs import JobRecord
-from shared.errors import PermanentError
+from shared.errors import UserError
 
 INTERRUPTED = 130
 
@@ -89,7 +90,21 @@ def jobs(*, data: Data = Path(".openrl"), as_json_: Json = False) -> None:
         typer.echo(jobs_table(records) if records else "no jobs yet: `openrl submit FILE` asks for one")
 
 
-def job(name: JobId, *, data: Data = Path(".openrl"), as_json_: Json = False) -> None:
+class ShowByDefault(TyperGroup):
+    """`job ID` is `job show ID`: the id of a job ends in a number, so it is no command's name."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """See click. The first argument that is neither a command nor an option is taken for a job."""
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            args = ["show", *args]
+        return super().resolve_command(ctx, args)
+
+
+job_app = typer.Typer(cls=ShowByDefault, no_args_is_help=True)
+
+
+@job_app.command("show")
+def show_job(name: JobId, *, data: Data = Path(".openrl"), as_json_: Json = False) -> None:
     """Show one job; with --json its whole record."""
 
     async def ask() -> JobRecord:
@@ -100,11 +115,35 @@ def job(name: JobId, *, data: Data = Path(".openrl"), as_json_: Json = False) ->
     if as_json_:
         typer.echo(as_json(record))
         return
-    view = JobView(record.job)
+    view = JobView(record.job, measure=measure(record.spec))
     lines = view.recorded(record)
     typer.echo(
         "\n".join([f"job {record.job} {phase_text(record.phase, record.reason)}", *_details(record), *lines[:-1]])
     )
+
+
+@job_app.command("delete")
+def delete_jobs(
+    names: Annotated[list[str], typer.Argument(help="Finished jobs, as `openrl jobs` shows them.")],
+    *,
+    data: Data = Path(".openrl"),
+) -> None:
+    """Delete finished jobs: records, metrics, policies, checkpoints, snapshots. Exported adapters stay."""
+
+    async def ask() -> int:
+        refused = 0
+        async with client.connected(paths_of(data)) as bus:
+            for name in names:
+                try:
+                    await client.control(bus, "delete", name)
+                    typer.echo(f"job {name} is deleted")
+                except UserError as error:
+                    refused += 1
+                    typer.echo(f"error: {error}", err=True)
+        return refused
+
+    if asyncio.run(ask()):
+        sys.exit(2)
 
 
 def watch_command(name: JobId, *, data: Data = Path(".openrl"), as_json_: Json = False) -> None:
@@ -144,8 +183,9 @@ def export(
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the command line."""
-    for command in (submit, jobs, job, cancel, pause, resume, export):
+    for command in (submit, jobs, cancel, pause, resume, export):
         app.command()(command)
+    app.add_typer(job_app, name="job", help="Show one job (`job ID`), or delete finished ones (`job delete ID...`).")
     app.command("watch")(watch_command)
 
 
@@ -168,8 +208,8 @@ def _watch(paths: Paths, name: str, *, as_json_: bool) -> None:
     view = until_signal(follow())
     if view is None:
         sys.exit(INTERRUPTED)
-    if view.phase != "succeeded":
-        raise PermanentError(f"job {name} {phase_text(view.phase, view.reason)}")
+    if view.phase != "succeeded":  # what was shown ends with the reason
+        sys.exit(1)
 
 
 def _details(record: JobRecord) -> list[str]:

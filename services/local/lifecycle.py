@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -86,16 +87,21 @@ def run_detached(paths: Paths, argv: Sequence[str], *, echo: Tell) -> int:
     What it prints is passed on. Returns 0, or the exit code that it ended with.
     """
     paths.make()
-    with paths.detached.open("wb") as output:
+    # A file of its own until it is ready: another mesh may run here, or somebody else start one at the same time.
+    number, name = tempfile.mkstemp(prefix=f"{paths.detached.name}.", dir=paths.root)
+    output_path = Path(name)
+    with os.fdopen(number, "wb") as output:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
-    printed = Printed(paths.detached, echo)
+    printed = Printed(output_path, echo)
     while process.poll() is None:
         printed.more()
         if (state := running_state(paths)) and state.pid == process.pid and state.phase == "ready":
             process.returncode = 0  # it stays; nobody waits for it any more
+            output_path.replace(paths.detached)
             return 0
         time.sleep(POLL_SECONDS)
     printed.more()
+    output_path.unlink()
     return process.returncode
 
 
@@ -141,6 +147,7 @@ def _end_leftovers(paths: Paths, echo: Tell) -> None:
     with held_lock(paths):
         end_orphans(state.services, echo)
         paths.state.unlink(missing_ok=True)
+    echo(f"the supervisor of {paths.root} (process {state.pid}) was killed before; nothing of its mesh runs any more")
 
 
 def _ended(paths: Paths, pid: int, number: signal.Signals, patience: float) -> bool:

@@ -8,8 +8,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ FOLLOW_SECONDS = 0.25
 NATS = "nats-server"
 _NATS_LINE = re.compile(r"^\[\d+\] (\d{4}/\d\d/\d\d \d\d:\d\d:\d\d\.\d+) \[(\w+)\] (.*)$")
 _NATS_LEVELS = {"INF": "info", "WRN": "warning", "ERR": "error", "FTL": "error", "DBG": "debug", "TRC": "debug"}
+TRACEBACK = "Traceback (most recent call last):"
+_MANY = ("sampler", "trainer")
+"""Services of which there is a replica for each model, called by it."""
 _SHOWN = {"time", "level", "service", "replica", "logger", "message", "error"}
 
 
@@ -36,6 +39,8 @@ class Line:
     source: str
     """Name of the service's replica."""
     fields: dict[str, Any] = field(default_factory=dict)
+    bare: bool = False
+    """It was not written by a logger, but printed."""
 
     @property
     def json(self) -> str:
@@ -57,13 +62,35 @@ def parse(raw: str, source: str, previous: float = 0.0) -> Line:
         fields = json.loads(raw)
         if isinstance(fields, dict):
             return Line(_time(fields, previous), source, fields)
-    when, level, message = previous, "", raw.rstrip()
+    when, level, message, bare = previous, "info", raw.rstrip(), True
     if found := _NATS_LINE.match(raw):
         # It writes local time without a zone.
         when = datetime.strptime(found[1], "%Y/%m/%d %H:%M:%S.%f").astimezone().timestamp()
-        level, message = _NATS_LEVELS.get(found[2], "info"), found[3]
-    stamp = datetime.fromtimestamp(when, UTC).isoformat(timespec="milliseconds")
-    return Line(when, source, {"time": stamp, "level": level, "replica": source, "message": message})
+        level, message, bare = _NATS_LEVELS.get(found[2], "info"), found[3], False
+    stamp = _stamp(when)
+    fields = {"time": stamp, "level": level, "service": service_of(source), "replica": source, "message": message}
+    if bare and message.startswith(TRACEBACK):
+        fields |= {"level": "error", "message": message.splitlines()[-1], "error": message}
+    return Line(when, source, fields, bare)
+
+
+def service_of(replica: str) -> str:
+    """The service of a replica that this command started, or the name itself."""
+    return next((name for name in _MANY if replica.startswith(f"{name}-")), replica)
+
+
+def _joined(raw: Iterable[str]) -> list[str]:
+    """Lines that belong together made one entry: a traceback, up to and including the error that it ends with."""
+    found: list[str] = []
+    open_ = False
+    for line in raw:
+        if open_:
+            found[-1] += f"\n{line}"
+            open_ = line.startswith((" ", "\t")) or not line
+        else:
+            found.append(line)
+            open_ = line.startswith(TRACEBACK)
+    return found
 
 
 def files(paths: Paths, service: str | None) -> dict[str, Path]:
@@ -108,13 +135,13 @@ def last_error(path: Path, start: int = 0) -> str:
     raw = _read(path, max(start if start <= size else 0, size - TAIL_BYTES))
     lines = _parse_all(raw.decode(errors="replace").splitlines(), "")
     errors = [line for line in lines if line.fields.get("level") in ("error", "critical")]
-    bare = [line for line in lines if not line.fields.get("level")]
+    bare = [line for line in lines if line.bare]
     if not errors and not bare:
         return ""
     last = (errors or bare)[-1]
     cause = str(last.fields.get("error", "")).strip().splitlines()
     message = str(last.fields.get("message", ""))
-    return f"{message}: {cause[-1]}" if cause else message
+    return f"{message}: {cause[-1]}" if cause and cause[-1] != message else message
 
 
 def rotate(path: Path, limit: int = ROTATE_BYTES) -> None:
@@ -137,11 +164,19 @@ def _time(fields: dict[str, Any], previous: float) -> float:
 def _parse_all(raw: Sequence[str], source: str, otherwise: float = 0.0) -> list[Line]:
     """Read lines. Those that say no time have that of the one before, or the first after, or else `otherwise`."""
     lines: list[Line] = []
-    for text in raw:
+    for text in _joined(raw):
         if text.strip():
             lines.append(parse(text, source, lines[-1].when if lines else 0.0))
     first = next((line.when for line in lines if line.when), otherwise)
-    return [line if line.when else parse(str(line.fields["message"]), source, first) for line in lines]
+    return [line if line.when else _at(line, first) for line in lines]
+
+
+def _at(line: Line, when: float) -> Line:
+    return replace(line, when=when, fields=line.fields | {"time": _stamp(when)})
+
+
+def _stamp(when: float) -> str:
+    return datetime.fromtimestamp(when, UTC).isoformat(timespec="milliseconds")
 
 
 def _tail(path: Path, count: int) -> list[str]:

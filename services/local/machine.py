@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 from shared import topology
@@ -32,6 +35,20 @@ def check_port(port: int) -> None:
             raise UserError(
                 f"port {port} on 127.0.0.1 {why}: choose another with --port, or 0 for any free one"
             ) from None
+
+
+def check_device(device: str) -> None:
+    """Raise `UserError` if models cannot run there. `auto` and `cpu` are always fine; for others torch is asked."""
+    if device in ("auto", "cpu"):
+        return
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise UserError(f"device {device!r} is unknown: give auto, cpu, cuda, or cuda:1 for the second GPU")
+    asked = subprocess.run(
+        [sys.executable, "-m", "shared.models.devices", device], capture_output=True, text=True, check=False
+    )
+    if asked.returncode:
+        problem = (asked.stdout or asked.stderr).strip().splitlines() or [f"device {device!r} cannot be used"]
+        raise UserError(problem[-1])
 
 
 def streams_size() -> int:

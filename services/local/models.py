@@ -22,7 +22,20 @@ NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")
 MAX_NAME = 96
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
+MOST_HEADER = 100_000_000
+"""Bytes, as safetensors itself bounds it."""
+
 Tell = Callable[[str], None]
+
+
+class _Tensor(msgspec.Struct):
+    """What matters of a tensor in a header; the entry for metadata has none of it."""
+
+    data_offsets: tuple[int, int] = (0, 0)
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
 
 
 def registered(paths: Paths) -> dict[str, Path]:
@@ -49,8 +62,14 @@ def chosen(paths: Paths, names: Sequence[str]) -> dict[str, Path]:
                 f"model {name!r} is not registered: `openrl model add` adds it; registered: {', '.join(known)}"
             )
     models = {name: known[name] for name in (names or known)}
-    for directory in models.values():
-        check_directory(directory)
+    for name, directory in models.items():
+        try:
+            check_directory(directory)
+        except UserError as error:
+            raise UserError(
+                f"model {name!r} cannot be served: {error}; or forget it with `openrl model remove {name}`, or name "
+                "others with --model"
+            ) from None
     return models
 
 
@@ -67,6 +86,11 @@ def add(paths: Paths, name: str, source: str | None, *, tell: Tell) -> Path:
     if known.get(name, directory) != directory:
         raise UserError(f"model {name!r} is registered as {known[name]}: remove it first, or choose another name")
     _write(paths, known | {name: directory})
+    if not _has_chat_template(directory):
+        tell(
+            f"warning: the tokenizer in {directory} has no chat template, which jobs need: use an instruction-tuned "
+            "model, or add a chat_template to its tokenizer_config.json"
+        )
     return directory
 
 
@@ -96,6 +120,8 @@ def check_name(name: str) -> None:
 
 def check_directory(directory: Path) -> None:
     """Raise `UserError` if a directory does not hold a causal language model as Hugging Face writes it."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is not a directory: name the one that holds the model's files")
     if not directory.is_dir():
         raise UserError(f"model directory {directory} does not exist: name a directory, or a hub id like org/model")
     if not (directory / "config.json").is_file():
@@ -106,6 +132,51 @@ def check_directory(directory: Path) -> None:
         raise UserError(
             f"{directory} is a model directory without a tokenizer: put tokenizer.json and tokenizer_config.json there"
         )
+    check_weights(directory)
+
+
+def check_weights(directory: Path) -> None:
+    """Raise `UserError` for a weights file that is cut off or no safetensors, or one that the index misses.
+
+    Such a file begins with the length of its header, which says where each tensor ends: nothing else is read.
+    """
+    for file in sorted(directory.glob("*.safetensors")):
+        expected, size = _expected_size(file), file.stat().st_size
+        if expected is None:
+            raise UserError(f"{file} is no safetensors file, or its beginning is damaged: fetch it again")
+        if size != expected:
+            raise UserError(f"{file} has {size:,} bytes and should have {expected:,}: it is damaged, fetch it again")
+    for index in directory.glob("*.safetensors.index.json"):
+        if missing := sorted(name for name in _indexed(index) if not (directory / name).is_file()):
+            raise UserError(f"{directory} lacks {', '.join(missing)}, which {index.name} names: fetch the model again")
+
+
+def _expected_size(file: Path) -> int | None:
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        if not 0 < length <= MOST_HEADER:
+            return None
+        try:
+            header = msgspec.json.decode(content.read(length), type=dict[str, _Tensor])
+        except msgspec.MsgspecError:
+            return None
+    return 8 + length + max((tensor.data_offsets[1] for tensor in header.values()), default=0)
+
+
+def _indexed(index: Path) -> set[str]:
+    try:
+        return set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values())
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UserError(f"{index} cannot be read ({error}): fetch the model again") from None
+
+
+def _has_chat_template(directory: Path) -> bool:
+    if any(directory.glob("chat_template*")):
+        return True
+    try:
+        return bool(msgspec.json.decode((directory / "tokenizer_config.json").read_bytes()).get("chat_template"))
+    except (OSError, msgspec.MsgspecError, AttributeError):
+        return False
 
 
 def _directory(paths: Paths, name: str, source: str | None, tell: Tell) -> Path:

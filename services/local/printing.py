@@ -32,6 +32,12 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def shortened(text: str, width: int | None) -> str:
+    """One line of at most `width` characters; None: however long it is."""
+    line = " ".join(text.split())
+    return line if width is None or len(line) <= width else f"{line[: width - 1].rstrip()}…"
+
+
 def job_summary(record: JobRecord) -> dict[str, Any]:
     """A job in a few fields, as `jobs --json` and `status --json` give it."""
     accuracies = [evaluation.accuracy for evaluation in record.evaluations]
@@ -58,4 +64,4 @@ def jobs_table(records: Sequence[JobRecord]) -> str:
         accuracy = " -> ".join([accuracies[0], accuracies[-1]] if len(accuracies) > 1 else accuracies)
         steps = f"{record.step}/{record.spec.algorithm.steps}"
         rows.append((record.job, record.phase, steps, accuracy, record.spec.base_model, record.reason))
-    return table(("JOB", "PHASE", "STEP", "ACCURACY", "MODEL", "REASON"), rows)
+    return table(("JOB", "PHASE", "STEP", "HELD-OUT", "MODEL", "REASON"), rows)

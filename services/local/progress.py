@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from shared.contracts.jobs import FINISHED, Evaluation, JobChanged, JobPhase, JobProgressed, JobRecord, StepReport
+from shared.contracts.jobs import (
+    FINISHED,
+    Evaluation,
+    JobChanged,
+    JobPhase,
+    JobProgressed,
+    JobRecord,
+    JobSpec,
+    StepReport,
+)
 from shared.contracts.replicas import ReplicaRecord
+
+RIGHT_OR_WRONG = ("exact_match", "numeric", "regex")
+"""Rewards that are 0 or 1."""
 
 
 @dataclass
@@ -21,6 +33,8 @@ class JobView:
     """By step. A coordinator that comes back may tell of one again."""
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     """By step."""
+    measure: str = "accuracy"
+    """What the evaluations' numbers are."""
     replicas: Sequence[ReplicaRecord] = ()
 
     @property
@@ -74,7 +88,7 @@ class JobView:
         if self.evaluations.get(evaluation.step) == evaluation:
             return []
         self.evaluations[evaluation.step] = evaluation
-        return [evaluation_line(evaluation)]
+        return [evaluation_line(evaluation, self.measure)]
 
 
 def step_line(report: StepReport, steps: int) -> str:
@@ -88,11 +102,16 @@ def step_line(report: StepReport, steps: int) -> str:
     )
 
 
-def evaluation_line(evaluation: Evaluation) -> str:
+def measure(spec: JobSpec) -> str:
+    """What to call the mean of an evaluation: an accuracy only where each answer is right or wrong."""
+    return "accuracy" if (spec.evaluation.reward or spec.reward).name in RIGHT_OR_WRONG else "reward"
+
+
+def evaluation_line(evaluation: Evaluation, measured: str = "accuracy") -> str:
     """An evaluation in one line."""
     failed = f", {evaluation.failed} failed" if evaluation.failed else ""
     when = f"after step {evaluation.step}" if evaluation.step else "before training"
-    return f"held-out accuracy {when}: {evaluation.accuracy:.3f} ({evaluation.tasks} tasks{failed})"
+    return f"held-out {measured} {when}: {evaluation.accuracy:.3f} ({evaluation.tasks} tasks{failed})"
 
 
 def phase_text(phase: JobPhase, reason: str) -> str:

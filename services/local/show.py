@@ -88,7 +88,7 @@ def picture(view: JobView) -> Group:
     parts: list[Text | Table] = [heading]
     if view.evaluations:
         accuracies = "  ".join(f"{step}: {item.accuracy:.3f}" for step, item in sorted(view.evaluations.items()))
-        parts.append(Text(f"held-out accuracy by step  {accuracies}"))
+        parts.append(Text(f"held-out {view.measure} by step  {accuracies}"))
     if view.reports:
         parts.append(_steps(view))
     if view.replicas and not view.finished:
@@ -98,7 +98,7 @@ def picture(view: JobView) -> Group:
 
 def _steps(view: JobView) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading in ("step", "reward", "accuracy", "tok/s", "staleness", "trained", "skipped", "dropped", "loss", "s"):
+    for heading in ("step", "reward", "held-out", "tok/s", "staleness", "trained", "skipped", "dropped", "loss", "s"):
         table.add_column(heading, justify="right")
     for step in sorted(view.reports)[-ROWS:]:
         report = view.reports[step]

@@ -94,7 +94,7 @@ def held_lock(paths: Paths) -> Iterator[None]:
         if not _try_lock(file.fileno(), LOCK_PATIENCE):
             holder = lock_holder(paths)
             raise UserError(
-                f"a mesh is already running on {paths.root} (process {holder}): "
+                f"a mesh is already running on {paths.root} (process {holder or 'unknown'}): "
                 "end it with `openrl down`, or choose another directory with --data"
             )
         file.truncate(0)

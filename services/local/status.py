@@ -10,10 +10,14 @@ from services.local.client import connected, jobs
 from services.local.config import Paths
 from services.local.health import replicas
 from services.local.machine import readable, tree_size
-from services.local.printing import duration, job_summary, table
+from services.local.printing import duration, job_summary, shortened, table
 from services.local.state import MeshState, ServiceState, running_state
+from shared.contracts.jobs import FINISHED
 from shared.contracts.replicas import ReplicaRecord
 from shared.errors import MeshError
+
+FINISHED_SHOWN = 5
+REASON_WIDTH = 60
 
 
 async def status(paths: Paths) -> dict[str, Any]:
@@ -39,8 +43,8 @@ def all_ready(answer: dict[str, Any]) -> bool:
     return bool(answer["running"]) and all(service["state"] == "ready" for service in answer["services"])
 
 
-def text(answer: dict[str, Any]) -> str:
-    """The same for people."""
+def text(answer: dict[str, Any], *, all_jobs: bool = False) -> str:
+    """The same for people: open jobs and the newest finished ones, unless they want `all_jobs`."""
     disk = answer["disk"]
     room = f"disk  {readable(disk['free'])} free; bus {readable(disk['bus'])}, blobs {readable(disk['blobs'])}"
     if not answer["running"]:
@@ -51,11 +55,23 @@ def text(answer: dict[str, Any]) -> str:
     )
     parts = [heading, _services(answer["services"])]
     if answer["jobs"]:
-        rows = [(job["job"], job["phase"], f"{job['step']}/{job['steps']}", job["reason"]) for job in answer["jobs"]]
-        parts.append(table(("JOB", "PHASE", "STEP", "REASON"), rows))
+        parts.append(_jobs(answer["jobs"], all_jobs=all_jobs))
     if answer["problem"]:
         parts.append(answer["problem"])
     return "\n\n".join(parts)
+
+
+def _jobs(jobs: list[dict[str, Any]], *, all_jobs: bool) -> str:
+    finished = [job["job"] for job in jobs if job["phase"] in FINISHED]
+    hidden = set() if all_jobs else set(finished[:-FINISHED_SHOWN])
+    width = None if all_jobs else REASON_WIDTH
+    rows = [
+        (job["job"], job["phase"], f"{job['step']}/{job['steps']}", shortened(job["reason"], width))
+        for job in jobs
+        if job["job"] not in hidden
+    ]
+    shown = table(("JOB", "PHASE", "STEP", "REASON"), rows)
+    return f"{shown}\n{len(hidden)} older finished jobs: `openrl status --all`" if hidden else shown
 
 
 async def _asked(paths: Paths, state: MeshState) -> tuple[dict[str, ReplicaRecord], list[dict[str, Any]], str]:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from services.local.client import job as job_record
 from services.local.health import replicas
-from services.local.progress import JobView
+from services.local.progress import JobView, measure
 from shared import topology
 from shared.bus import Bus
 from shared.contracts.jobs import JobChanged, JobProgressed
@@ -48,7 +48,7 @@ async def watch(bus: Bus, job: str, show: Show, *, alive: Callable[[], bool]) ->
     Raise `UserError` if there is no such job and `PermanentError` once `alive` says that the mesh is gone.
     """
     record = await job_record(bus, job)
-    view = JobView(job, steps=record.spec.algorithm.steps)
+    view = JobView(job, steps=record.spec.algorithm.steps, measure=measure(record.spec))
     watcher = _Watcher(bus, view, show)
     try:
         await watcher.until_finished(alive)

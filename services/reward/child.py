@@ -17,7 +17,19 @@ from functools import lru_cache
 from typing import BinaryIO
 
 from services.reward.policy import Scorer
-from services.reward.protocol import LENGTH, Answer, Hello, Prepare, Question, Ready, Refused, Scored, frame
+from services.reward.protocol import (
+    LENGTH,
+    Answer,
+    Check,
+    Checked,
+    Hello,
+    Prepare,
+    Question,
+    Ready,
+    Refused,
+    Scored,
+    frame,
+)
 from services.reward.registry import Registry
 from shared import wire
 from shared.errors import MeshError, UserError, failure_of
@@ -62,6 +74,8 @@ def serve(registry: Registry, questions: BinaryIO, answers: BinaryIO) -> None:
 
     def answer(question: Question) -> Answer:
         try:
+            if isinstance(question, Check):
+                return Checked(errors=registry.errors(question.reward, question.params, question.path))
             found = scorer(question.reward, wire.encode(question.params, json=False))
             if isinstance(question, Prepare):
                 return Ready()

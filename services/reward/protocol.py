@@ -3,6 +3,8 @@
     process → service   Hello                           once, when all plugins are loaded
     service → process   Prepare                         is there such a reward, with such parameters?
     process → service   Ready | Refused
+    service → process   Check                           everything that is wrong with such a reward
+    process → service   Checked | Refused
     service → process   Score                           one episode
     process → service   Scored | Refused
 
@@ -17,6 +19,7 @@ from typing import Any
 from services.reward.api import PlayedEpisode
 from shared import wire
 from shared.contracts.base import Contract, Failure
+from shared.contracts.jobs import FieldError
 
 LENGTH = struct.Struct("<I")
 
@@ -37,6 +40,21 @@ class Prepare(Contract, tag_field="kind", tag="prepare"):
 
 class Ready(Contract, tag_field="kind", tag="ready"):
     """They are right."""
+
+
+class Check(Contract, tag_field="kind", tag="check"):
+    """Find everything that is wrong with a reward's name and parameters."""
+
+    reward: str
+    params: dict[str, Any] = {}
+    path: str = "reward"
+    """Where it stands in the job."""
+
+
+class Checked(Contract, tag_field="kind", tag="checked"):
+    """What was found."""
+
+    errors: list[FieldError] = []
 
 
 class Score(Contract, tag_field="kind", tag="score"):
@@ -60,8 +78,8 @@ class Refused(Contract, tag_field="kind", tag="refused"):
     failure: Failure
 
 
-Question = Prepare | Score
-Answer = Hello | Ready | Scored | Refused
+Question = Prepare | Check | Score
+Answer = Hello | Ready | Checked | Scored | Refused
 
 
 def frame(message: Question | Answer) -> bytes:

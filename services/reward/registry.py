@@ -14,6 +14,7 @@ from services.reward.api import CHECK, Reward, UserError
 from services.reward.policy import MIXTURE, Part, Scorer, component_names, guarded
 from shared import plugins
 from shared.contracts.base import Name, Strict
+from shared.contracts.jobs import FieldError
 
 FAMILY = plugins.Family(
     word="reward",
@@ -78,6 +79,32 @@ class Registry:
             for place, (part, component) in enumerate(zip(mixture.parts, names, strict=True))
         ]
         return Scorer(parts, mixture=True)
+
+    def errors(self, name: str, params: Any, path: str) -> list[FieldError]:
+        """Everything that is wrong with a reward; `path` is where it stands in a job."""
+        if name != MIXTURE:
+            return self._part_errors(name, params, path)
+        errors = plugins.param_errors(MixtureParams, params, f"{path}.params")
+        parts = params.get("parts")
+        for place, part in enumerate(parts if isinstance(parts, list) else ()):
+            if isinstance(part, dict) and isinstance(part.get("name"), str):
+                errors += self._part_errors(part["name"], part.get("params", {}), f"{path}.params.parts[{place}]")
+        return errors
+
+    def _part_errors(self, name: str, params: Any, path: str) -> list[FieldError]:
+        reward = self._rewards.get(name)
+        if reward is None:
+            inside = f"it cannot be a part of {MIXTURE!r} again: write all parts in one list"
+            unknown = str(plugins.unknown(FAMILY, name, self.names, self._broken))
+            return [FieldError(path=f"{path}.name", message=inside if name == MIXTURE else unknown)]
+        place = f"{path}.params"
+        if errors := plugins.param_errors(plugins.params_of(reward, OWN_ARGUMENTS), params, place):
+            return errors
+        try:
+            self._part(name, params, place)
+        except UserError as error:
+            return [FieldError(path=place, message=str(error))]
+        return []
 
     def _part(
         self, name: str, params: Mapping[str, Any], path: str, component: str | None = None, weight: float = 1.0

@@ -4,16 +4,19 @@
 |---------|-----------------------------|------------------------------------|-------------------------------------|
 | worker  | `ScoreGroup` of all rewards | a free one of `concurrency` groups | a group that is scored              |
 | group   | one `ScoreGroup`            | a free one of `processes`          | the end of a score; its `timeout_s` |
+| checks  | `CheckReward`               | a free one of `processes`          | the end of the check; 15 s          |
 | process | one episode                 | the reward's own code              | its return; its end by the service  |
 
-Produces `GroupScored`. Keeps nothing between groups.
+Produces `GroupScored`, and answers to checks. Keeps nothing between groups.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 
+from services.reward.checks import Checks
 from services.reward.config import RewardConfig
 from services.reward.handlers import ScoreHandler
 from services.reward.metrics import RewardMetrics
@@ -41,6 +44,13 @@ class RewardService:
             concurrency=config.concurrency,
             metrics=node.worker_metrics,
         )
+        self._checker = Worker(
+            node.bus,
+            topology.REWARD_CHECKERS,
+            Checks(node.bus, self._processes).handle,
+            concurrency=config.processes,
+            metrics=node.worker_metrics,
+        )
         self._offers: list[str] = []
 
     @property
@@ -60,10 +70,11 @@ class RewardService:
             log.error("reward %s cannot be used: %s", name, reason)
         self._offers = [f"reward:{name}" for name in hello.names]
         self._node.tasks.start("groups", self._worker.run())
+        self._node.tasks.start("checks", self._checker.run())
 
     async def stop(self) -> None:
         """See `Service.stop`."""
-        await self._worker.stop(self._node.drain_seconds)
+        await asyncio.gather(*(worker.stop(self._node.drain_seconds) for worker in (self._worker, self._checker)))
         await self._processes.close()
 
 

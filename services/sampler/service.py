@@ -12,6 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
 
 from services.sampler.config import SamplerConfig
 from services.sampler.engines.base import SamplerEngine
@@ -19,6 +22,7 @@ from services.sampler.handlers import SampleHandler
 from services.sampler.metrics import SamplerMetrics
 from services.sampler.policies import Policies
 from shared import topology
+from shared.contracts.replicas import CONTEXT
 from shared.errors import MeshError, PermanentError
 from shared.node import Node
 from shared.worker import Worker
@@ -31,12 +35,11 @@ WATCH_SECONDS = 1.0
 class SamplerService:
     """One replica of a pool."""
 
-    offers: Sequence[str] = ()
-
     def __init__(
         self, config: SamplerConfig, node: Node, make_engine: Callable[[SamplerConfig], SamplerEngine]
     ) -> None:
         self.base_model: str | None = config.base_model
+        self.offers: Sequence[str] = context_offers(Path(config.model_dir))
         self._node = node
         self._engine = make_engine(config)
         self._metrics = SamplerMetrics(node.telemetry.registry, self._engine)
@@ -86,3 +89,16 @@ class SamplerService:
             except MeshError as error:
                 # Only a head start: whoever asks for it is told what is wrong.
                 log.warning("policy %s could not be loaded ahead: %s", record.policy, error)
+
+
+class _ModelConfig(msgspec.Struct):
+    max_position_embeddings: int | None = None
+
+
+def context_offers(model_dir: Path) -> list[str]:
+    """How many tokens fit into a model, as its own configuration says; nothing where it does not."""
+    try:
+        found = msgspec.json.decode((model_dir / "config.json").read_bytes(), type=_ModelConfig)
+    except (OSError, msgspec.MsgspecError):
+        return []
+    return [f"{CONTEXT}{found.max_position_embeddings}"] if found.max_position_embeddings else []

@@ -89,8 +89,17 @@ class SubmitJob(Contract):
     spec: Any
     """A `JobSpec`. Read as plain data first, so that one answer can name every error in it."""
     request_id: str | None = None
-    """The answer comes on `rl.v1.results.<request_id>`. None: no answer; the job's events tell."""
+    """The answer comes on `rl.v1.results.<request_id>`: letters, digits, '-' and '_', dots between. Asking again with
+    the same one gives the same job. None: no answer; the job's events tell."""
     owner: str = "default"
+
+
+class Submission(Contract):
+    """A request for a job that was granted; the value in the `submissions` bucket, by request id."""
+
+    job: str
+    seq: int
+    """Place of the request in its stream."""
 
 
 class FieldError(Contract):
@@ -111,7 +120,7 @@ class JobAnswer(Contract, tag_field="kind", tag="job"):
 
 
 class ControlJob(Contract):
-    """Cancel, pause or resume a job; which one, the subject says."""
+    """Cancel, pause, resume or delete a job; which one, the subject says."""
 
     job: str
     request_id: str | None = None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from shared.contracts.base import Contract
 
+CONTEXT = "context:"
+"""Begins the offer in which a sampler says how many tokens fit into its model: `context:8192`."""
+
 
 class ReplicaRecord(Contract):
     """A living process; its entry in the `replicas` bucket goes away by itself when it stops renewing it."""
@@ -20,4 +23,4 @@ class ReplicaRecord(Contract):
     """Samplers and trainers: what they serve."""
     started: float = 0.0
     offers: list[str] = []
-    """Environments and rewards that can be named in a job; for samplers and trainers the losses and engines."""
+    """Environments and rewards that can be named in a job; of samplers how many tokens fit."""

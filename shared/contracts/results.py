@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shared.contracts.base import Contract, Failure
+from shared.contracts.checks import CheckAnswer
 from shared.contracts.jobs import JobAnswer
 from shared.contracts.sampling import SampleResult
 from shared.contracts.training import OperationResult
@@ -15,7 +16,7 @@ class RequestFailed(Contract, tag_field="kind", tag="failed"):
     failure: Failure
 
 
-Result = OperationResult | SampleResult | JobAnswer | RequestFailed
+Result = OperationResult | SampleResult | JobAnswer | CheckAnswer | RequestFailed
 
 
 class DeadLetter(Contract):

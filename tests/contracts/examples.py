@@ -8,6 +8,7 @@ from shared import topology
 from shared.contracts.arrays import Float32s, Int32s
 from shared.contracts.base import Failure
 from shared.contracts.blobs import BlobRef
+from shared.contracts.checks import CheckAnswer, CheckEnvironment, CheckReward
 from shared.contracts.episodes import (
     EnvironmentSpec,
     Episode,
@@ -36,6 +37,7 @@ from shared.contracts.jobs import (
     JobSpec,
     StepPlan,
     StepReport,
+    Submission,
     SubmitJob,
 )
 from shared.contracts.policies import LoraSpec, PolicyPublished, PolicyRecord, PolicyRef
@@ -218,6 +220,20 @@ MESSAGES: dict[str, tuple[topology.Channel[Any], Any]] = {
         topology.ANSWERS,
         JobAnswer(request_id="r", job="first-1", errors=[FieldError(path="seed", message="wrong")]),
     ),
+    "delete": (topology.DELETE, ControlJob(job="first-1", request_id="r")),
+    "check_environment": (
+        topology.ENVIRONMENT_CHECKS,
+        CheckEnvironment(
+            request_id="r", name="arithmetic", params={"min": 1}, path="environments[0]", seed=3, held_out=4
+        ),
+    ),
+    "check_reward": (
+        topology.REWARD_CHECKS,
+        CheckReward(request_id="r", name="regex", params={"pattern": "a"}, path="evaluation.reward"),
+    ),
+    "check_answer": (
+        topology.ANSWERS, CheckAnswer(request_id="r", errors=[FieldError(path="reward.params", message="wrong")])
+    ),
     "request_failed": (topology.ANSWERS, RequestFailed(request_id="r", failure=FAILURE)),
     "policy_published": (topology.POLICIES_PUBLISHED, PolicyPublished(record=RECORD, seq=7)),
     "job_progressed": (
@@ -253,6 +269,7 @@ RECORDS: dict[str, tuple[topology.Bucket[Any], Any]] = {
             created=100.5, finished=200.5, last=REPORT,
         ),
     ),
+    "submission": (topology.SUBMISSIONS, Submission(job="first-1", seq=1)),
     "policy": (topology.POLICIES, RECORD),
     "lease": (topology.LEASES, Lease(holder="trainer-1")),
     "replica": (

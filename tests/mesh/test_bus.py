@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from pathlib import Path
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -162,6 +163,39 @@ async def test_undecodable_bytes_are_buried_and_their_asker_told(bus: Bus) -> No
             while (answer := await bus.answer_of(asker)) is None:
                 await asyncio.sleep(0.01)
         assert "not a valid SampleRequest" in str(answer)
+
+
+@pytest.mark.parametrize(
+    ("body", "request_id", "complaint"),
+    [
+        (b'{"prompt": "text", "request_id": "c1"}', "c1", "not a valid SampleRequest"),
+        (b'{"request_id": "c2", "prompt": [1],}', "c2", "malformed"),
+        (msgspec.msgpack.encode({"request_id": "a.b.c"}), "a.b.c", "missing required field"),
+        (b'{"request_id": 7}', "7", "Expected `str`"),
+        (b'{"base_model": NaN, "request_id": "c3"}', "c3", "malformed"),
+    ],
+)
+async def test_who_asked_is_found_in_the_body_of_a_bare_client(
+    bus: Bus, body: bytes, request_id: str, complaint: str
+) -> None:
+    async def handle(_: Delivery[SampleRequest]) -> None:
+        raise AssertionError("never called")
+
+    async with sampling_worker(bus, handle):
+        heard = await bus.client.subscribe(f"rl.v1.results.{request_id}")
+        for _ in range(2):  # such a client may use an id again, and is answered again
+            await bus.stream_context.publish(topology.SAMPLES.subject(pool="tiny"), body)
+            assert complaint in (await heard.next_msg(timeout=10)).data.decode()
+
+
+@pytest.mark.parametrize("body", [b"train my model, please", b"", b"3", b'"text"', b"\xff\xfe"])
+async def test_bytes_without_a_request_id_are_buried_in_words(bus: Bus, body: bytes) -> None:
+    async def handle(_: Delivery[SampleRequest]) -> None:
+        raise AssertionError("never called")
+
+    async with sampling_worker(bus, handle):
+        await bus.stream_context.publish(topology.SAMPLES.subject(pool="tiny"), body)
+        assert "neither a JSON object nor a MessagePack map" in (await first_dead_letter(bus)).reason
 
 
 async def test_a_stopping_worker_hands_its_message_to_the_next(bus: Bus) -> None:

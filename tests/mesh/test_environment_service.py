@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from services.environment import checks
 from services.local.nats_server import NatsServer
 from shared import topology
 from shared.bus import Bus
 from shared.contracts.arrays import Int32s
+from shared.contracts.checks import CheckAnswer, CheckEnvironment
 from shared.contracts.episodes import RewardSpec, Task
 from shared.errors import PermanentError, StorageFull
 from shared.node import Node, Service
@@ -369,3 +372,41 @@ async def test_the_service_offers_what_works_and_says_what_it_does(bus: Bus, env
         "openrl_environment_episodes_total", {"environment": "moody", "outcome": "played"}
     ) == 2  # fmt: skip
     assert registry.get_sample_value("openrl_environment_running_groups") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "held_out", "path", "wrong"),
+    [
+        ("capitals", {}, 4, "", ""),
+        ("capitals", {"county": "Wales"}, 0, "environment.params.county", "did you mean 'country'?"),
+        ("broken", {}, 0, "environment.name", "could not be loaded"),
+        ("arithmetic", {"min": 9, "max": 1}, 0, "environment.params", "min must not be above max"),
+        ("arithmetic", {"held_out": 4}, 5, "evaluation.tasks", "set evaluation.tasks to 4 or less"),
+        ("reasoning_gym", {"dataset": "leg_countin"}, 0, "environment.params", "the closest .* leg_counting"),
+        (
+            "reasoning_gym",
+            {"dataset": "leg_counting", "config": {"max_animals": -1}},
+            0,
+            "environment.params",
+            "refuses config",
+        ),
+        ("flaky", {"failures": 1}, 0, "", ""),
+        ("slow_task", {}, 0, "environment.params", "was not done with task"),
+    ],
+)
+async def test_whether_an_environment_can_work_is_said_before_anything_is_played(
+    bus: Bus,
+    environments: Started,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    params: dict[str, Any],
+    held_out: int,
+    path: str,
+    wrong: str,
+) -> None:
+    monkeypatch.setattr(checks, "CALL_SECONDS", 0.2 if name == "slow_task" else 15.0)
+    question = CheckEnvironment(request_id=bus.new_request(), name=name, params=params, held_out=held_out)
+    answer = await bus.ask(topology.ENVIRONMENT_CHECKS, question, timeout=30)
+    assert isinstance(answer, CheckAnswer)
+    assert [error.path for error in answer.errors] == ([path] if path else [])
+    assert re.search(wrong, answer.errors[0].message if answer.errors else "")

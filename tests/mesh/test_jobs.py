@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from services.coordinator import handlers
 from services.coordinator.records import Records
 from services.environment.config import EnvironmentConfig
 from services.environment.service import EnvironmentService
@@ -24,6 +25,8 @@ from services.reward.service import RewardService
 from shared import topology
 from shared.bus import Bus
 from shared.contracts.jobs import FINISHED, ControlJob, JobAnswer, JobRecord, StepReport, SubmitJob
+from shared.contracts.replicas import ReplicaRecord
+from shared.errors import UserError
 from shared.process import running
 from tests.mesh.harness import MODEL, Place, eventually
 
@@ -164,22 +167,110 @@ async def test_a_bad_job_is_answered_with_every_error_and_the_mesh_goes_on(place
         assert (await finished(bus, job())).phase == "succeeded"
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"environment": {"name": "arithmetic", "params": {"nonsense": 1}}}, "nonsense"),
-        ({"reward": {"name": "regex", "params": {"pattern": "("}}}, "pattern"),
-        ({"environment": {"name": "reasoning_gym", "params": {"dataset": "no_such_set"}}}, "no_such_set"),
-        ({"sampling": {"max_tokens": 1_000_000}}, "context"),
-    ],
-)
-async def test_a_job_that_cannot_work_fails_with_its_reason(
-    place: Place, bus: Bus, change: dict[str, Any], reason: str
+async def test_a_job_that_could_not_work_is_refused_with_everything_that_its_services_know(
+    place: Place, bus: Bus
 ) -> None:
+    """Types and names by the coordinator, parameters by the environment and the reward: one answer."""
+    gym = {"name": "reasoning_gym", "params": {"dataset": "no_such_set"}}
+    wrong: list[tuple[dict[str, Any], set[str]]] = [
+        (
+            {
+                "environment": {"name": "arithmetic", "params": {"zzz": 1, "min": "a"}},
+                "reward": {"name": "regex", "params": {}},
+                "evaluation": {"reward": {"name": "weighted", "params": {"parts": []}}},
+                "algorithm": {"steps": 0},
+                "base_model": "gpt",
+            },
+            {
+                "environment.params.zzz", "environment.params.min", "reward.params.pattern",
+                "evaluation.reward.params.parts", "algorithm.steps", "base_model",
+            },
+        ),
+        ({"environment": {"name": "arithmetic", "params": {"min": 9, "max": 1}}}, {"environment.params"}),
+        ({"environment": gym, "reward": {"name": "regex", "params": {"pattern": "("}}},
+         {"environment.params", "reward.params"}),
+        ({"evaluation": {"tasks": 5}}, {"evaluation.tasks"}),
+        ({"sampling": {"max_tokens": 1_000_000}}, {"sampling.max_tokens"}),
+    ]  # fmt: skip
     async with mesh(place):
-        record = await finished(bus, job(**change))
-    assert record.phase == "failed"
-    assert reason in record.reason
+        for change, paths in wrong:
+            answer = await submit(bus, job(**change))
+            assert answer.job is None
+            assert {error.path for error in answer.errors} == paths
+    assert await bus.table(topology.JOB_RECORDS).items() == []
+
+
+async def test_a_service_that_does_not_say_whether_it_can_is_named(
+    place: Place, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handlers, "CHECK_SECONDS", 0.2)
+    offers = ["environment:arithmetic", "reward:length_penalty"]
+    replica = ReplicaRecord(replica="a", service="a", pid=1, host="h", metrics_port=1, base_model=MODEL, offers=offers)
+    for service in ("environment", "sampler", "trainer"):
+        record = msgspec.structs.replace(replica, replica=service, service=service)
+        await bus.table(topology.REPLICAS).put(service, record)
+    async with place.coordinator():
+        answer = await submit(bus, job())
+    assert {error.path for error in answer.errors} == {"environment", "reward"}
+    assert "the environment service did not say in 0.2 s whether 'arithmetic' works" in answer.errors[0].message
+
+
+async def asked(client: Any, subject: str, body: bytes, answers: str, count: int = 1) -> list[dict[str, Any]]:
+    """What a bare client hears, who sends something `count` times."""
+    subscription = await client.subscribe(answers)
+    found = []
+    for _ in range(count):
+        await client.jetstream().publish(subject, body)
+        found.append(json.loads((await subscription.next_msg(timeout=20)).data))
+    await subscription.unsubscribe()
+    return found
+
+
+async def test_a_bare_client_is_always_answered(place: Place, nats_server: Any) -> None:
+    client = await nats.connect(nats_server.url)
+    cases = [
+        ("cancel", b'{"job":"nosuch","request_id":"c1"}', "c1", "there is no job 'nosuch'"),
+        ("cancel", b'{"job":3,"request_id":"c2"}', "c2", "Expected `str`, got `int`"),
+        ("cancel", b'{"job":"a","request_id":"c3",}', "c3", "malformed"),
+        ("submit", b'{"spec":{"seed":NaN},"request_id":"c4"}', "c4", "malformed"),
+        ("submit", msgspec.msgpack.encode({"request_id": "c5"}), "c5", "missing required field `spec`"),
+        ("submit", b'{"request_id":7}', "7", "Expected `str"),
+        ("submit", b'{"spec":{},"request_id":"a.b.c"}', "a.b.c", "is required"),
+        ("submit", b'{"spec":{},"request_id":"bad id *"}', ">", "request_id 'bad id *' cannot end the subject"),
+    ]  # fmt: skip
+    async with place.coordinator():
+        for command, body, request, complaint in cases:
+            for answer in await asked(client, f"rl.v1.jobs.{command}", body, f"rl.v1.results.{request}", count=2):
+                told = answer["failure"]["message"] if "failure" in answer else str(answer["errors"])
+                assert complaint in told
+    await client.close()
+
+
+async def test_what_is_neither_json_nor_messagepack_is_called_so(place: Place, bus: Bus) -> None:
+    async with place.coordinator():
+        await bus.client.jetstream().publish("rl.v1.jobs.submit", b"train my model, please")
+        async for delivery in bus.follow(topology.DEAD_LETTERS):
+            assert "neither a JSON object nor a MessagePack map" in delivery.message.reason
+            assert "train my model" in delivery.message.reason
+            break
+
+
+async def test_a_request_that_is_repeated_makes_one_job_also_after_a_restart(
+    place: Place, bus: Bus, nats_server: Any
+) -> None:
+    client = await nats.connect(nats_server.url)
+    body = json.dumps({"spec": job(), "request_id": "mine"}).encode()
+    wrong = json.dumps({"spec": job(name=3), "request_id": "mine"}).encode()
+    submit_, answers = "rl.v1.jobs.submit", "rl.v1.results.mine"
+    async with mesh(place):
+        refused = await asked(client, submit_, wrong, answers, count=2)
+        first = await asked(client, submit_, body, answers, count=2)
+    async with place.coordinator():
+        again = await asked(client, submit_, body, answers)
+    await client.close()
+    assert [answer["job"] for answer in refused] == [None, None], "what was refused may be mended and asked again"
+    assert len({answer["job"] for answer in first + again}) == 1
+    assert [entry.key[0] for entry in await bus.table(topology.JOB_RECORDS).items()] == [first[0]["job"]]
 
 
 async def test_a_job_is_cancelled_paused_and_resumed(place: Place, bus: Bus) -> None:
@@ -209,10 +300,30 @@ async def test_a_job_is_cancelled_paused_and_resumed(place: Place, bus: Bus) -> 
         await reached(answer.job, "running", step=stopped_at + 2)
         await command(topology.CANCEL, answer.job)
         await reached(answer.job, "cancelled")
-        with pytest.raises(Exception, match="already cancelled"):
+        with pytest.raises(Exception, match="was cancelled already"):
             await command(topology.CANCEL, answer.job)
         with pytest.raises(Exception, match="there is no job 'nobody'"):
             await command(topology.CANCEL, "nobody")
+
+
+async def test_a_finished_job_is_deleted_with_everything_that_it_left(place: Place, bus: Bus) -> None:
+    async def delete(job_id: str) -> None:
+        await bus.ask(topology.DELETE, ControlJob(job=job_id, request_id=bus.new_request()), timeout=20)
+
+    async with mesh(place):
+        kept, gone = await finished(bus, job()), await finished(bus, job(name="gone"))
+        running_ = await submit(bus, job(name="long", algorithm={"steps": 500}))
+        assert running_.job is not None
+        with pytest.raises(UserError, match=f"cancel it first, `openrl cancel {running_.job}`"):
+            await delete(running_.job)
+        await delete(gone.job)
+        with pytest.raises(UserError, match="there is no job"):
+            await delete(gone.job)
+    assert not [path for path in place.directory.rglob("*") if path.is_file() and gone.job in str(path)]
+    assert Path(kept.adapter).exists()
+    assert {entry.key[0] for entry in await bus.table(topology.JOB_RECORDS).items()} == {kept.job, running_.job}
+    assert not [entry for entry in await bus.table(topology.POLICIES).items() if entry.key[0] == gone.run]
+    assert await bus.last_place(topology.JOB_PROGRESS, job=gone.job) == 0
 
 
 async def test_a_coordinator_that_comes_back_goes_on_where_it_was(place: Place, bus: Bus) -> None:

@@ -55,7 +55,7 @@ class FakeCoordinator:
         self.specs: list[Any] = []
         self.commands: list[tuple[str, str]] = []
         self.tasks = [asyncio.create_task(self._submissions())]
-        for channel in (topology.CANCEL, topology.PAUSE, topology.RESUME):
+        for channel in (topology.CANCEL, topology.PAUSE, topology.RESUME, topology.DELETE):
             self.tasks.append(asyncio.create_task(self._controls(channel)))
 
     async def stop(self) -> None:
@@ -84,13 +84,13 @@ class FakeCoordinator:
         assert request is not None
         await self.bus.answer(JobAnswer(request_id=request, job=job, errors=errors))
 
-    async def put(self, phase: JobPhase, **fields: Any) -> None:
+    async def put(self, phase: JobPhase, reward: str = "exact_match", **fields: Any) -> None:
         """Write the job's record."""
         spec = JobSpec(
             name="sums",
             base_model="tiny",
             environment=EnvironmentSpec(name="arithmetic"),
-            reward=RewardSpec(name="exact_match"),
+            reward=RewardSpec(name=reward),
             algorithm=AlgorithmSpec(steps=STEPS),
         )
         record = JobRecord(job="sums-1", spec=spec, phase=phase, created=1.0, **fields)
@@ -171,6 +171,7 @@ async def test_a_refused_job_prints_every_error_with_its_path(paths: Paths, coor
         ("job.toml", b"a = = 1", "is not valid TOML"),
         ("job.json", b"\xff\xfe\x00", "is not text"),
         ("job.json", None, "cannot be read: No such file"),
+        ("job.json", b'{"algorithm": {"steps": 1, "steps": 2}}', "has the key 'steps' twice in one object"),
     ],
 )
 async def test_a_file_that_is_no_job_is_named(
@@ -184,8 +185,48 @@ async def test_a_file_that_is_no_job_is_named(
     assert len(outcome.err.splitlines()) == 1
 
 
+async def test_numbers_that_json_does_not_have_are_named(paths: Paths, tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text('{"algorithm": {"learning_rate": NaN, "eps": [1, -Infinity]}}')
+    outcome = await openrl(paths, "submit", str(tmp_path / "job.json"))
+    assert outcome.code == 2
+    for line in ("algorithm.learning_rate: nan is no finite number", "algorithm.eps[1]: -inf is no finite number"):
+        assert line in outcome.err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["up", "--prot", "0"], "No such option: --prot"),
+        (["up", "--port", "many"], "Invalid value for '--port'"),
+        (["submit"], "Missing argument 'file'"),
+        (["sumbit"], "No such command 'sumbit'"),
+        (["job", "delete"], "Missing argument 'names'"),
+        (["up", "--device", "tpu"], "device 'tpu' is unknown: give auto, cpu, cuda"),
+    ],
+)
+async def test_a_wrong_command_line_is_one_clear_line(paths: Paths, arguments: list[str], complaint: str) -> None:
+    outcome = await run(sys.executable, "-m", "services.local", *arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: ")
+    assert complaint in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+
+
+async def test_help_is_help(paths: Paths) -> None:
+    whole, one = [await run(sys.executable, "-m", "services.local", *argv, "--help") for argv in ([], ["job"])]
+    assert (whole.code, one.code) == (0, 0)
+    assert "delete" in one.out
+
+
 async def test_commands_without_a_mesh_say_how_to_start_one(paths: Paths) -> None:
-    for command in (["jobs"], ["job", "a"], ["watch", "a"], ["cancel", "a"], ["export", "a", "out"]):
+    for command in (
+        ["jobs"],
+        ["job", "a"],
+        ["job", "delete", "a"],
+        ["watch", "a"],
+        ["cancel", "a"],
+        ["export", "a", "out"],
+    ):
         outcome = await openrl(paths, *command)
         assert (outcome.code, outcome.out) == (2, "")
         assert outcome.err == (
@@ -200,6 +241,21 @@ async def test_jobs_are_controlled_and_unknown_ones_refused(paths: Paths, coordi
     outcome = await openrl(paths, "cancel", "nobody")
     assert outcome.code == 2
     assert "job: there is no job 'nobody'" in outcome.err
+
+
+async def test_jobs_are_deleted_by_id(paths: Paths, coordinator: FakeCoordinator) -> None:
+    outcome = await openrl(paths, "job", "delete", "sums-1", "nobody", "sums-1")
+    assert outcome.code == 2
+    assert outcome.out == "job sums-1 is deleted\n" * 2
+    assert "there is no job 'nobody'" in outcome.err
+    assert coordinator.commands == [("delete", "sums-1"), ("delete", "nobody"), ("delete", "sums-1")]
+
+
+async def test_what_is_measured_is_an_accuracy_only_if_answers_are_right_or_wrong(
+    paths: Paths, coordinator: FakeCoordinator
+) -> None:
+    await coordinator.put("succeeded", reward="length_penalty", evaluations=[Evaluation(step=0, accuracy=-2, tasks=4)])
+    assert "held-out reward before training: -2.000 (4 tasks)" in (await openrl(paths, "job", "sums-1")).out
 
 
 async def test_jobs_are_listed_and_shown(paths: Paths, coordinator: FakeCoordinator) -> None:
@@ -254,7 +310,7 @@ async def test_watching_a_job_that_fails_gives_the_reason_and_exit_code_1(
     await coordinator.enter("failed", "the reward 'judge' does not answer")
     outcome = await openrl(paths, "watch", "sums-1")
     assert outcome.code == 1
-    assert "job sums-1 failed: the reward 'judge' does not answer" in outcome.err
+    assert (outcome.out + outcome.err).count("job sums-1 failed: the reward 'judge' does not answer") == 1
 
 
 async def test_watch_gives_events_as_json(paths: Paths, coordinator: FakeCoordinator) -> None:
@@ -345,7 +401,7 @@ async def test_models_are_added_listed_and_removed(paths: Paths, tmp_path: Path)
     directory = tmp_path / "tiny"
     directory.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (directory / name).write_text("{}")
+        (directory / name).write_text("\x02" + "\0" * 7 + "{}" if name.endswith("tensors") else "{}")
     assert (await openrl(paths, "model", "add", "org/tiny", str(directory))).code == 0
     assert (await openrl(paths, "model", "list", "--json")).json == {"org/tiny": str(directory)}
     assert (await openrl(paths, "model", "remove", "org/tiny")).code == 0

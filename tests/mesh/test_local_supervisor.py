@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -134,6 +135,10 @@ async def test_a_service_that_keeps_crashing_while_starting_ends_the_start(paths
     with pytest.raises(PermanentError, match=f"ended {START_TRIES} times while starting: RuntimeError: it broke"):
         async with running(mesh):
             pass
+    entries = [json.loads(line) for line in paths.log("stand-in-0").read_text().splitlines()]
+    crashes = [entry for entry in entries if entry["level"] == "critical"]
+    assert [(entry["service"], entry["message"]) for entry in crashes] == [("stand_in", "RuntimeError: it broke")] * 3
+    assert all("Traceback" in entry["error"] for entry in crashes)
 
 
 async def test_a_service_that_later_refuses_its_configuration_leaves_the_others_alone(paths: Paths) -> None:
@@ -189,6 +194,9 @@ async def test_services_do_not_outlive_a_killed_supervisor(paths: Paths) -> None
         await up.process.wait()
         await eventually(lambda: not [pid for pid in pids(state) if alive(pid)], "all have ended", seconds=5)
     assert (await openrl(paths, "status", "--json")).json["running"] is False
+    down = await openrl(paths, "down")
+    assert (down.code, f"the supervisor of {paths.root}" in down.out, "was killed" in down.out) == (0, True, True)
+    assert (await openrl(paths, "down")).out == f"no mesh is running on {paths.root}\n"
     async with up_process(paths, "fine") as again:
         await again.ready()
 
@@ -242,6 +250,23 @@ async def test_a_detached_mesh_is_ready_when_the_command_returns(paths: Paths) -
     try:
         assert any("the mesh is ready on" in line for line in told)
         assert (await openrl(paths, "status", "--json")).json["phase"] == "ready"
+    finally:
+        assert (await openrl(paths, "down")).code == 0
+
+
+async def test_of_two_that_start_detached_at_once_one_is_told_of_the_other(paths: Paths) -> None:
+    told: list[list[str]] = [[], []]
+    codes = await asyncio.gather(
+        *(asyncio.to_thread(run_detached, paths, up_argv(paths, 0, "fine"), echo=lines.append) for lines in told)
+    )
+    try:
+        assert sorted(codes) == [0, 2]
+        won, lost = told[codes.index(0)], told[codes.index(2)]
+        assert [line for line in lost if line.startswith("error: ")] == lost
+        assert f"a mesh is already running on {paths.root}" in lost[0]
+        assert (await openrl(paths, "up", "--detach")).code == 2
+        assert paths.detached.read_text().splitlines()[: len(won)] == won
+        assert list(paths.root.glob("up.out.*")) == []
     finally:
         assert (await openrl(paths, "down")).code == 0
 

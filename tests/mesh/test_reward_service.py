@@ -20,6 +20,7 @@ from shared import topology
 from shared.bus import Bus
 from shared.contracts.arrays import Float32s, Int32s
 from shared.contracts.base import Failure
+from shared.contracts.checks import CheckAnswer, CheckReward
 from shared.contracts.episodes import Episode, GroupKey, GroupScored, Message, RewardSpec, ScoreGroup, Task, Turn
 from shared.contracts.policies import PolicyRef
 from shared.errors import StorageFull, TemporaryError, UserError
@@ -286,6 +287,19 @@ async def test_a_plugin_that_is_not_understood_keeps_the_service_from_starting(
         async with running("reward", config(nats_server, tmp_path, plugins=["mine"]), build):
             raise AssertionError("never reached")
     assert not children()
+
+
+async def test_whether_a_reward_can_work_is_said_before_anything_is_scored(bus: Bus, rewards: Started) -> None:
+    async def errors(name: str, **params: Any) -> dict[str, str]:
+        question = CheckReward(request_id=bus.new_request(), name=name, params=params, path="evaluation.reward")
+        answer = await bus.ask(topology.REWARD_CHECKS, question, timeout=30)
+        assert isinstance(answer, CheckAnswer)
+        return {error.path: error.message for error in answer.errors}
+
+    assert await errors("obedient", otherwise=1.0) == {}
+    assert list(await errors("obedient", other=1.0)) == ["evaluation.reward.params.other"]
+    assert "not a regular expression" in (await errors("regex", pattern="("))["evaluation.reward.params"]
+    assert list(await errors("weighted")) == ["evaluation.reward.params.parts"]
 
 
 def children() -> list[int]:

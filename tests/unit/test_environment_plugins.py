@@ -94,3 +94,25 @@ def test_an_environment_needs_params_of_its_own_only_if_it_has_any() -> None:
     assert registry.make(EnvironmentSpec(name="plain")).start(Task(question="q")) == [Message(role="user", content="q")]
     with pytest.raises(UserError, match="'plain' has no parameter 'x': it has none"):
         registry.make(EnvironmentSpec(name="plain", params={"x": 1}))
+
+
+def test_every_wrong_parameter_is_named_with_its_path_and_a_hint() -> None:
+    found = REGISTRY.errors("arithmetic", {"zzz": 1, "carri": True, "min": "a", "operands": 0}, "environment")
+    errors = {error.path: error.message for error in found}
+    assert set(errors) == {
+        "environment.params.zzz", "environment.params.carri", "environment.params.min", "environment.params.operands"
+    }  # fmt: skip
+    assert errors["environment.params.carri"] == "unknown parameter; did you mean 'carry'?"
+    assert errors["environment.params.zzz"].startswith("unknown parameter; known parameters: operations, operands, min")
+    assert "Expected `int" in errors["environment.params.min"]
+    assert REGISTRY.errors("chess", {}, "environment")[0].path == "environment.name"
+
+
+def test_parameters_of_a_function_are_checked_in_the_same_way() -> None:
+    def mine(split: str, index: int, seed: int, *, base: int, names: tuple[str, ...] = ("a",)) -> Task:
+        return Task(question=f"{split} {index} {seed} {base} {names[0]}")
+
+    registry = Registry({"mine": from_function("mine", mine)})
+    assert registry.errors("mine", {"base": 3}, "environment") == []
+    found = registry.errors("mine", {"names": 3, "bases": 1}, "environment")
+    assert [error.path.removeprefix("environment.params.") for error in found] == ["bases", "base", "names"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from services.coordinator.validation import check
+from services.coordinator.validation import check, read
 from services.environment.registry import Registry
 from shared.contracts.replicas import ReplicaRecord
 
@@ -20,17 +20,17 @@ def replica(service: str, base_model: str | None = None, offers: tuple[str, ...]
 
 def test_the_demo_is_a_valid_job_with_256_tasks_that_it_never_trains_on() -> None:
     model = "smollm2-135m-instruct"
-    spec, errors = check(
-        json.loads(DEMO.read_text()),
-        [
-            replica("sampler", model),
-            replica("trainer", model),
-            replica("environment", offers=("environment:arithmetic",)),
-            replica("reward", offers=("reward:exact_match",)),
-        ],
-    )
-    assert errors == []
+    draft = read(json.loads(DEMO.read_text()))
+    living = [
+        replica("sampler", model),
+        replica("trainer", model),
+        replica("environment", offers=("environment:arithmetic",)),
+        replica("reward", offers=("reward:exact_match",)),
+    ]
+    assert check(draft, living) == []
+    spec = draft.spec
     assert spec is not None
+    assert Registry.load([]).errors(spec.environment.name, spec.environment.params, "environment") == []
     environment = Registry.load([]).make(spec.environment)
     assert spec.evaluation.tasks == environment.size("held_out") == 256
     size = environment.size("train")

@@ -145,6 +145,19 @@ def test_bare_text_at_the_beginning_stands_before_the_first_line_with_a_time(pat
     assert lines[3].when == paths.log("c").stat().st_mtime
 
 
+def test_a_printed_traceback_is_one_entry_and_every_entry_has_a_level_and_a_service(paths: Paths) -> None:
+    trace = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    boom()\nValueError: no\n'
+    paths.log("sampler-tiny").write_text(entry("01.000", "first", service="sampler") + trace + "printed\n")
+    (paths.nats / "nats.log").write_text("[7] 2026/11/22 10:00:02.000000 [WRN] slow\n")
+    lines = {line.fields["message"]: line.fields for line in logs.last_lines(logs.files(paths, None), 10)}
+    assert set(lines) == {"first", "ValueError: no", "printed", "slow"}
+    levels = {message: (fields["level"], fields["service"]) for message, fields in lines.items()}
+    assert levels["ValueError: no"] == ("error", "sampler")
+    assert lines["ValueError: no"]["error"] == trace.rstrip()
+    assert levels["printed"] == ("info", "sampler")
+    assert levels["slow"] == ("warning", "nats-server")
+
+
 def test_a_service_is_found_by_its_name_or_its_replicas(paths: Paths) -> None:
     for name in ("sampler-a", "sampler-b", "trainer-a"):
         paths.log(name).touch()

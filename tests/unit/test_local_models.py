@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from services.local import models
 from services.local.config import Paths
@@ -15,6 +18,9 @@ from services.local.state import MeshState, ServiceState, held_lock, write_state
 from shared.errors import UserError
 from shared.models import fetch
 from tests.engines.tiny import make_tiny_model
+
+EMPTY_WEIGHTS = "\x02" + "\0" * 7 + "{}"
+"""A safetensors file without tensors."""
 
 
 @pytest.fixture
@@ -30,8 +36,58 @@ def told() -> list[str]:
 def model_directory(path: Path, *files: str) -> Path:
     path.mkdir()
     for file in files or ("config.json", "model.safetensors", "tokenizer.json"):
-        (path / file).write_text("{}")
+        (path / file).write_text(EMPTY_WEIGHTS if file.endswith(".safetensors") else "{}")
     return path
+
+
+def weights(path: Path) -> bytes:
+    save_file({"a": np.zeros((4, 4), np.float32)}, path)
+    return path.read_bytes()
+
+
+def test_weights_that_were_cut_off_are_refused(paths: Paths, tmp_path: Path, told: list[str]) -> None:
+    directory = model_directory(tmp_path / "cut")
+    file = directory / "model.safetensors"
+    whole = weights(file)
+    assert models.add(paths, "whole", str(directory), tell=told.append) == directory
+    cuts = {
+        len(whole) - 1: f"has {len(whole) - 1} bytes and should have {len(whole)}: it is damaged",
+        20: "is no safetensors file, or its beginning is damaged",
+        0: "is no safetensors file",
+    }
+    for length, complaint in cuts.items():
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=complaint):
+            models.add(paths, "cut", str(directory), tell=told.append)
+    file.write_bytes(whole)
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}')
+    with pytest.raises(UserError, match="lacks model-2.safetensors, which model.safetensors.index.json names"):
+        models.add(paths, "cut", str(directory), tell=told.append)
+
+
+def test_a_tokenizer_without_a_chat_template_is_warned_of(paths: Paths, tmp_path: Path, told: list[str]) -> None:
+    directory = model_directory(tmp_path / "base")
+    models.add(paths, "base", str(directory), tell=told.append)
+    assert len(told) == 1
+    assert told[0].startswith(f"warning: the tokenizer in {directory} has no chat template")
+    (directory / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    models.add(paths, "base", str(directory), tell=told.append)
+    assert len(told) == 1
+
+
+def test_a_file_is_no_model_directory(paths: Paths, tmp_path: Path, told: list[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is not a directory"):
+        models.add(paths, "s", str(tmp_path / "file"), tell=told.append)
+
+
+def test_a_model_that_went_away_is_named_with_the_way_to_go_on(paths: Paths, tmp_path: Path, told: list[str]) -> None:
+    for name in ("good", "gone"):
+        models.add(paths, name, str(model_directory(tmp_path / name)), tell=told.append)
+    shutil.rmtree(tmp_path / "gone")
+    with pytest.raises(UserError, match="'gone' cannot be served: .* does not exist.*`openrl model remove gone`"):
+        models.chosen(paths, [])
+    assert list(models.chosen(paths, ["good"])) == ["good"]
 
 
 def test_a_directory_is_registered_where_it_is(paths: Paths, tmp_path: Path, told: list[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from services.local import doctor, show
+from services.local import doctor, show, status
 from services.local.config import Paths
 from services.local.demo import Demo, demo_spec, outcome
 from services.local.endings import finish
@@ -123,6 +123,22 @@ def test_sizes_times_and_tables_are_readable() -> None:
     assert [readable(size) for size in (0, 1536, 3 << 20, 5 << 40)] == ["0 B", "1.5 KiB", "3.0 MiB", "5.0 TiB"]
     assert [duration(seconds) for seconds in (3, 150, 9000, 200_000)] == ["3 s", "2 min", "2 h", "2 d"]
     assert table(("A", "BB"), [("long", 1)]) == "A     BB\nlong  1"
+
+
+def test_status_shows_open_jobs_and_the_newest_that_are_finished() -> None:
+    def job(number: int, phase: str) -> dict[str, object]:
+        return {"job": f"j-{number}", "phase": phase, "step": 1, "steps": 2, "reason": "because " * 30}
+
+    jobs = [job(0, "running"), *(job(number, "failed") for number in range(1, 9))]
+    disk = {"free": 1, "bus": 1, "blobs": 1}
+    answer = {"running": True, "data": "x", "phase": "ready", "uptime_s": 1, "pid": 1, "nats_url": "u", "disk": disk}
+    answer |= {"services": [], "jobs": jobs, "problem": ""}
+    short, whole = status.text(answer), status.text(answer, all_jobs=True)
+    assert [f"j-{number} " in short for number in range(9)] == [True, False, False, False, *[True] * 5]
+    assert "3 older finished jobs: `openrl status --all`" in short
+    assert max(len(line) for line in short.splitlines()) < 100
+    assert all(f"j-{number} " in whole for number in range(9))
+    assert ("because " * 30).strip() in whole
 
 
 def test_doctor_finds_what_is_missing(tmp_path: Path) -> None:

@@ -18,7 +18,19 @@ from services.reward import child
 from services.reward.answers import final_answer, same_value
 from services.reward.api import PlayedEpisode, checked_by
 from services.reward.policy import component_names, finite, played
-from services.reward.protocol import LENGTH, Answer, Prepare, Question, Ready, Refused, Score, Scored, frame
+from services.reward.protocol import (
+    LENGTH,
+    Answer,
+    Check,
+    Checked,
+    Prepare,
+    Question,
+    Ready,
+    Refused,
+    Score,
+    Scored,
+    frame,
+)
 from services.reward.registry import FAMILY, Registry
 from shared import wire
 from shared.contracts.arrays import Float32s, Int32s
@@ -189,6 +201,52 @@ def test_a_wrong_mixture_is_named(params: dict[str, Any], wrong: str) -> None:
         REGISTRY.scorer("weighted", params)
 
 
+def errors_of(name: str, params: object) -> dict[str, str]:
+    return {error.path: error.message for error in REGISTRY.errors(name, params, "reward")}
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "wrong"),
+    [
+        ("vibes", {}, {"reward.name": "is unknown"}),
+        ("exact_match", {}, {}),
+        ("exact_match", [], {"reward.params": "Expected `object`, got `array`"}),
+        ("exact_match", {"case_insensitiv": 1}, {"reward.params.case_insensitiv": "did you mean 'case_insensitive'?"}),
+        ("regex", {}, {"reward.params.pattern": "is required"}),
+        ("regex", {"pattern": "("}, {"reward.params": "'(' is not a regular expression: missing )"}),
+        (
+            "regex",
+            {"pattern": 3, "match": "some", "flags": "i"},
+            {
+                "reward.params.pattern": "got `int`",
+                "reward.params.match": "none of full, search",
+                "reward.params.flags": "",
+            },
+        ),
+        ("weighted", {}, {"reward.params.parts": "is required"}),
+        ("weighted", {"parts": []}, {"reward.params.parts": "length >= 1"}),
+        (
+            "weighted",
+            {"parts": [{"name": "vibes", "weight": "much"}, {"name": "regex", "params": {"pattern": "["}}, {}]},
+            {
+                "reward.params.parts[0].name": "is unknown",
+                "reward.params.parts[0].weight": "Expected `float`",
+                "reward.params.parts[1].params": "is not a regular expression",
+                "reward.params.parts[2].name": "is required",
+            },
+        ),
+        ("weighted", {"parts": [{"name": "weighted"}]}, {"reward.params.parts[0].name": "all parts in one list"}),
+    ],
+)
+def test_everything_that_is_wrong_with_a_reward_is_found_at_once(
+    name: str, params: object, wrong: dict[str, str]
+) -> None:
+    found = errors_of(name, params)
+    assert found.keys() == wrong.keys()
+    for path, message in wrong.items():
+        assert message in found[path]
+
+
 def test_parts_of_the_same_name_are_numbered() -> None:
     assert component_names(["a", "b", "a", "a"]) == ["a", "b", "a_2", "a_3"]
 
@@ -319,6 +377,7 @@ def test_a_scoring_process_answers_every_question_in_order() -> None:
         Score(reward="numeric", episode=episode("5", "5")),
         Score(reward="numeric", episode=episode("5")),
         Prepare(reward="nothing"),
+        Check(reward="regex"),
         Score(reward="regex", params={"pattern": "5"}, episode=episode("5")),
     ]
     output = io.BytesIO()
@@ -327,5 +386,5 @@ def test_a_scoring_process_answers_every_question_in_order() -> None:
     answers: list[Answer] = []
     while length := output.read(LENGTH.size):
         answers.append(wire.decode(output.read(LENGTH.unpack(length)[0]), Answer, json=False))
-    assert [type(answer) for answer in answers] == [Ready, Scored, Refused, Refused, Scored]
-    assert answers[1] == answers[4] == Scored(reward=1.0)
+    assert [type(answer) for answer in answers] == [Ready, Scored, Refused, Refused, Checked, Scored]
+    assert answers[1] == answers[5] == Scored(reward=1.0)

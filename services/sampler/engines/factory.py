@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-
 from services.sampler.config import SamplerConfig
 from services.sampler.engines.base import SamplerEngine
 from services.sampler.engines.torch_engine import TorchSamplerEngine
+from shared.models.devices import usable
 from shared.text import chat_tokenizer
 
 
 def make_engine(config: SamplerConfig) -> SamplerEngine:
-    """An engine that is not started. Raise `UserError` if the model has no usable tokenizer."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    """An engine that is not started. Raise `UserError` if there is no such device or no usable tokenizer."""
+    device = usable(config.device)
     return TorchSamplerEngine(
         config.base_model,
         config.model_dir,

@@ -13,15 +13,16 @@ from services.trainer.config import TrainerConfig
 from services.trainer.engines.base import TrainerEngine
 from services.trainer.engines.fused.layers import FusedOptions
 from services.trainer.engines.torch_engine import TorchTrainerEngine
+from shared.models.devices import usable
 
 log = logging.getLogger(__name__)
 
 
 def make_engine(config: TrainerConfig) -> TrainerEngine:
-    """Load the base model and return the engine. Raise `UserError` if the model cannot be used."""
+    """Load the base model and return the engine. Raise `UserError` if the model or the device cannot be used."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    device = usable(config.device)
     return TorchTrainerEngine(
         config.base_model,
         config.model_dir,
