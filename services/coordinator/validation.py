@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from services.coordinator.limits import check_sizes
 from services.coordinator.policy import reward_names
 from shared import validation
 from shared.contracts.episodes import RewardSpec
@@ -70,7 +71,7 @@ def _check_model(name: str, replicas: Sequence[ReplicaRecord]) -> list[FieldErro
 
 
 def _check_rules(spec: JobSpec) -> list[FieldError]:
-    errors = _check_loss(spec.algorithm)
+    errors = [*check_sizes(spec), *_check_loss(spec.algorithm)]
     if spec.sampling.max_tokens == 0:
         errors.append(FieldError(path="sampling.max_tokens", message="0 leaves nothing to train on: give 1 or more"))
     if spec.sampling.temperature != 1:

@@ -253,6 +253,7 @@ RECORDS: dict[str, tuple[topology.Bucket[Any], Any]] = {
             created=100.5, finished=200.5, last=REPORT,
         ),
     ),
+    "job_asked": (topology.JOB_RECORDS, JobRecord(job="first-1", spec=SPEC, next_group=9, asked=[(0, 2), (5, 8)])),
     "policy": (topology.POLICIES, RECORD),
     "lease": (topology.LEASES, Lease(holder="trainer-1")),
     "replica": (
