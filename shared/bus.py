@@ -270,12 +270,14 @@ class Bus:
             return None
 
     async def last_place(self, channel: Channel[Any], **parts: str) -> int:
-        """Place of the newest message of a channel; 0 if there is none."""
+        """Place of the newest message of a channel; 0 if there is none. Raise `TemporaryError`."""
         subject = channel.subject(**parts) if parts else channel.pattern
         try:
             return (await self.stream_context.get_msg(channel.stream.name, subject=subject, direct=True)).seq or 0
         except js_errors.NotFoundError:
             return 0
+        except (*AWAY, *CLOSED, js_errors.APIError) as error:
+            raise TemporaryError(f"the bus does not answer for {subject}: {error or type(error).__name__}") from None
 
     async def purge(self, channel: Channel[Any], *, up_to: int | None = None, **parts: str) -> None:
         """Remove the messages of one subject, all or up to and including place `up_to`. Raise `TemporaryError`."""
