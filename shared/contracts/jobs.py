@@ -215,6 +215,12 @@ class JobRecord(Contract):
     """Training groups that were asked for and not yet used, by index: the first and the last of each unbroken row."""
 
 
+class JobStanding(Contract):
+    """The part of a `JobRecord` that says whether the job goes on."""
+
+    phase: JobPhase = "queued"
+
+
 class JobProgressed(Contract):
     """A step or an evaluation is done (event)."""
 

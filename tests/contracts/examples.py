@@ -40,7 +40,7 @@ from shared.contracts.jobs import (
 )
 from shared.contracts.policies import LoraSpec, PolicyPublished, PolicyRecord, PolicyRef
 from shared.contracts.replicas import ReplicaRecord
-from shared.contracts.results import DeadLetter, RequestFailed
+from shared.contracts.results import DeadLetter, DeliveryMark, RequestFailed
 from shared.contracts.sampling import SampledSequence, SampleRequest, SampleResult, SamplingParams
 from shared.contracts.training import (
     AdamParams,
@@ -255,6 +255,7 @@ RECORDS: dict[str, tuple[topology.Bucket[Any], Any]] = {
     ),
     "job_asked": (topology.JOB_RECORDS, JobRecord(job="first-1", spec=SPEC, next_group=9, asked=[(0, 2), (5, 8)])),
     "policy": (topology.POLICIES, RECORD),
+    "delivery": (topology.DELIVERIES, DeliveryMark(delivery=3, vanished=2)),
     "lease": (topology.LEASES, Lease(holder="trainer-1")),
     "replica": (
         topology.REPLICAS,
