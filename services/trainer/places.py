@@ -65,7 +65,7 @@ class Places:
                     break  # these first, the others after them
                 _try_later(held, TemporaryError(str(error), delay=NO_ROOM_SECONDS))
             except PermanentError as error:
-                log.error("run %s cannot be brought back: %s", held.name, error)
+                log.error("run %s cannot be brought back: %s", held.name, error, extra={"run": held.name})
                 held.broken = error
             except TemporaryError as error:
                 _try_later(held, error)
@@ -170,4 +170,4 @@ def _is_away(held: HeldRun) -> bool:
 
 def _try_later(held: HeldRun, error: TemporaryError) -> None:
     held.not_before = time.monotonic() + error.delay
-    log.warning("run %s waits: %s", held.name, error)
+    log.warning("run %s waits: %s", held.name, error, extra={"run": held.name})
