@@ -78,7 +78,6 @@ class JobDriver:
         self._training = False
         self._dropped_in_step = 0
         self._failed_in_a_row = 0
-        self._step_began = time.monotonic()
         self._train_began = 0.0
 
     @property
@@ -119,8 +118,9 @@ class JobDriver:
 
     async def _begin(self) -> None:
         record = self._records.record
-        if record.phase != "running":
-            await self._records.enter("running", "")
+        if record.phase != "running" or not record.step_began:
+            began = policy.step_began(record, time.time())
+            await self._records.enter("running", "", step_began=began, paused=None)
         await self._records.create_run()
         await self._records.tell_again()
         for plan in record.evaluating:
@@ -164,7 +164,7 @@ class JobDriver:
         if wanted == "cancel":
             await self._records.finish("cancelled", "cancelled by its owner")
         elif wanted == "pause":
-            await self._records.enter("paused", "paused by its owner")
+            await self._records.enter("paused", "paused by its owner", paused=time.time())
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
         """Do what may be broken off and done again: everything but writing the record.
@@ -361,18 +361,18 @@ class JobDriver:
             plan=None,
             skipped_groups=record.skipped_groups + len(groups) - trained,
             last=row,
+            step_began=time.time(),
         )
         self._training = False
         self._dropped_in_step = 0
-        self._step_began = time.monotonic()
         await self._records.stepped(row)
         await self._records.delete_policies(self._versions_needed(), self._config.keep_policies)
 
     def _report(self, groups: Sequence[GroupScored], trained: int, results: Sequence[Result]) -> StepReport:
         record = self._records.record
         row = policy.report(record.step + 1, groups, record.updates, trained)
-        now = time.monotonic()
-        seconds = now - self._step_began
+        # From the record, since whoever drove the job when the step began may be gone.
+        seconds = max(0.0, time.time() - record.step_began)
         named = [pair for result in results if isinstance(result, OperationResult) for pair in result.metrics.items()]
         metrics = {name: value for name, value in named if math.isfinite(value)}  # JSON has no others
         return msgspec.structs.replace(
@@ -380,7 +380,7 @@ class JobDriver:
             loss=metrics.get("loss:sum", 0.0),
             dropped_groups=self._dropped_in_step,
             seconds=seconds,
-            train_seconds=now - self._train_began,
+            train_seconds=time.monotonic() - self._train_began,
             tokens_per_second=row.tokens / seconds if seconds else 0.0,
             metrics=metrics,
         )

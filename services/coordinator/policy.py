@@ -121,6 +121,13 @@ def indexes_asked_for(record: JobRecord) -> set[int]:
     }
 
 
+def step_began(record: JobRecord, now: float) -> float:
+    """When the present step of a job that goes on began; a pause does not count."""
+    if not record.step_began:
+        return now
+    return record.step_began + (now - record.paused if record.paused is not None else 0.0)
+
+
 def retry_seconds(failures: int) -> float:
     """How long a job rests whose driving has failed so many times in a row, by something that may pass."""
     return float(min(MOST_REST, 2 ** min(failures, 10)))

@@ -103,11 +103,11 @@ class Records:
         self._revision = entry.revision
         self.record = msgspec.structs.replace(self.record, wanted=entry.value.wanted)
 
-    async def enter(self, phase: JobPhase, reason: str) -> None:
+    async def enter(self, phase: JobPhase, reason: str, **changes: Any) -> None:
         """Enter another phase, and tell."""
         finished = time.time() if phase in FINISHED else None
         reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} ..."
-        await self.save(phase=phase, reason=reason, finished=finished)
+        await self.save(phase=phase, reason=reason, finished=finished, **changes)
         log.info("job %s is %s%s", self.job, phase, f": {reason}" if reason else "")
         event = JobChanged(
             job=self.job,

@@ -147,8 +147,8 @@ class Evaluation(Contract):
     """The outcome of one evaluation."""
 
     step: int
-    accuracy: float
-    """Mean reward over the held-out tasks."""
+    accuracy: float | None
+    """Mean reward over the held-out tasks that were scored. None: none was, so nothing has been measured."""
     tasks: int
     failed: int = 0
 
@@ -211,6 +211,10 @@ class JobRecord(Contract):
     """Seconds since 1970."""
     finished: float | None = None
     last: StepReport | None = None
+    step_began: float = 0.0
+    """When the present step began, in seconds since 1970, plus what the job has been paused since. 0: it has not."""
+    paused: float | None = None
+    """Since when it is paused, in seconds since 1970."""
     asked: list[tuple[int, int]] = []
     """Training groups that were asked for and not yet used, by index: the first and the last of each unbroken row."""
 

@@ -224,6 +224,13 @@ MESSAGES: dict[str, tuple[topology.Channel[Any], Any]] = {
         topology.JOB_PROGRESS,
         JobProgressed(job="first-1", step=3, steps=10, report=REPORT, evaluation=EVALUATION),
     ),
+    "job_progressed_unmeasured": (
+        topology.JOB_PROGRESS,
+        JobProgressed(
+            job="first-1", step=3, steps=10, report=REPORT,
+            evaluation=Evaluation(step=10, accuracy=None, tasks=64, failed=64),
+        ),
+    ),
     "job_changed": (
         topology.JOB_PHASES,
         JobChanged(job="first-1", phase="failed", reason="why", evaluations=[EVALUATION], policy=POLICY),
@@ -254,6 +261,10 @@ RECORDS: dict[str, tuple[topology.Bucket[Any], Any]] = {
         ),
     ),
     "job_asked": (topology.JOB_RECORDS, JobRecord(job="first-1", spec=SPEC, next_group=9, asked=[(0, 2), (5, 8)])),
+    "job_paused": (
+        topology.JOB_RECORDS,
+        JobRecord(job="first-1", spec=SPEC, phase="paused", wanted="pause", step_began=99.5, paused=100.5),
+    ),
     "policy": (topology.POLICIES, RECORD),
     "delivery": (topology.DELIVERIES, DeliveryMark(delivery=3, vanished=2)),
     "lease": (topology.LEASES, Lease(holder="trainer-1")),
