@@ -91,6 +91,10 @@ class Jobs:
                     await self._claim(record.job)
                 except MeshError as error:
                     log.warning("job %s could not be claimed: %s", record.job, error, extra={"job": record.job})
+                except Exception as error:
+                    log.exception("claiming job %s failed", record.job, extra={"job": record.job})
+                    await self._release(record.job)
+                    self._rest(record.job, time.monotonic(), error)
 
     async def _claim(self, name: str) -> None:
         if not await self._leases.claim(("job", name)):

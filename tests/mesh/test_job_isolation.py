@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from services.coordinator.records import Records
 from services.coordinator.service import CoordinatorService
 from shared import topology, wire
 from shared.bus import Bus
-from shared.contracts.episodes import EnvironmentSpec, PlayGroup, RewardSpec
+from shared.contracts.episodes import EnvironmentSpec, GroupKey, PlayGroup, RewardSpec
 from shared.contracts.jobs import AlgorithmSpec, ControlJob, Evaluation, EvaluationSpec, JobRecord, JobSpec
 from shared.contracts.replicas import ReplicaRecord
 from shared.errors import TemporaryError
@@ -111,6 +112,29 @@ async def test_a_job_whose_own_task_raises_is_failed_too(
     monkeypatch.setattr(Asking, "lost", broken)
     async with place.coordinator():
         assert (await reached(bus, await add(bus, record("bad")), "failed")).reason == "ZeroDivisionError: of a task"
+
+
+async def test_a_job_that_cannot_even_be_begun_holds_up_nobody(
+    place: Place, bus: Bus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read = policy.indexes_asked_for
+
+    def fails_for_one(job_record: JobRecord) -> set[int]:
+        if job_record.job == "bad":
+            raise OverflowError("too far")
+        return read(job_record)
+
+    monkeypatch.setattr(policy, "indexes_asked_for", fails_for_one)
+    async with place.coordinator() as (service, _):
+        await add(bus, record("bad"))
+        await reached(bus, await add(bus, record("good")), "running")
+
+        async def said() -> bool | None:
+            return True if "claiming job bad failed" in caplog.text else None
+
+        await eventually(said)
+        assert isinstance(service, CoordinatorService)
+        assert service._jobs._leases.held == {("job", "good")}
 
 
 async def test_what_may_pass_is_tried_again_after_a_rest(
@@ -242,8 +266,10 @@ def keep_from_publishing_groups(node: Node, monkeypatch: pytest.MonkeyPatch) -> 
     return tries
 
 
-async def test_evaluations_are_asked_for_in_a_window_that_survives_a_restart(place: Place, bus: Bus) -> None:
-    """The first coordinator is stopped in the middle; each task is played once all the same."""
+async def test_evaluations_are_asked_for_in_a_window_that_survives_a_restart(
+    place: Place, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first coordinator is stopped in the middle; the second one asks only for what is not back."""
     window = {"evaluation_window": 8, "group_window": 3}
     name = await add(bus, record("evaluating", groups=5, tasks=100))
 
@@ -259,6 +285,14 @@ async def test_evaluations_are_asked_for_in_a_window_that_survives_a_restart(pla
             await played(30)
         asked = await groups_asked_for(bus)
         assert asked <= len(player.played) + 8 + 3
+        await played(asked)
+
+        async def all_back() -> bool | None:
+            return True if await bus.last_place(topology.SCORED) == asked else None
+
+        await eventually(all_back)
+        again = note_what_is_asked_for(monkeypatch)
+        back = {group.group for group in player.played}
         async with place.coordinator(replica="coordinator-2", **window) as (service, _):
             assert isinstance(service, CoordinatorService)
             await played(110)
@@ -269,8 +303,20 @@ async def test_evaluations_are_asked_for_in_a_window_that_survives_a_restart(pla
 
             outcome = await eventually(evaluated)
     assert (outcome.tasks, outcome.failed, outcome.accuracy) == (100, 0, 1.0)
-    keys = [str(group.group) for group in player.played]
-    assert len(keys) == len(set(keys)) == 110
+    keys = {group.group for group in player.played}
+    assert len(player.played) == len(keys) == 110
+    assert again == keys - back
+
+
+def note_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> set[GroupKey]:
+    publish, asked = Asking.publish, set()
+
+    async def noted(asking: Asking, groups: Sequence[PlayGroup]) -> None:
+        asked.update(group.group for group in groups)
+        await publish(asking, groups)
+
+    monkeypatch.setattr(Asking, "publish", noted)
+    return asked
 
 
 async def test_a_small_job_does_not_wait_for_the_evaluation_of_a_large_one(place: Place, bus: Bus) -> None:
