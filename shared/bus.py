@@ -19,12 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.errors import (
-    ConnectionClosedError,
-    ConnectionReconnectingError,
-    NoRespondersError,
-    OutboundBufferLimitError,
-)
+from nats.errors import ConnectionClosedError
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext, api
 from nats.js import errors as js_errors
@@ -34,7 +29,7 @@ from shared.blobs import Blobs
 from shared.contracts.blobs import BlobRef
 from shared.contracts.results import DeadLetter, RequestFailed, Result
 from shared.errors import MeshError, PermanentError, StorageFull, TemporaryError, UserError, failure_of
-from shared.tables import Stored, Table, stored
+from shared.tables import AWAY, CLOSED, Stored, Table, check_size, stored
 from shared.topology import Bucket, Channel, Stream
 
 T = TypeVar("T")
@@ -54,8 +49,6 @@ _WAKE_DELAYS = (0.002, 0.01, 0.05, 0.2, 1.0)
 """A wake-up may come before the stream has stored the message, so look again soon."""
 _FULL = {10023, 10047, 10077, 10122}
 """JetStream's codes for: insufficient resources, insufficient storage, stream at its size, maximum storage exceeded."""
-_AWAY = (TimeoutError, js_errors.NoStreamResponseError, js_errors.ServiceUnavailableError,
-         ConnectionReconnectingError, NoRespondersError, OutboundBufferLimitError)  # fmt: skip
 
 OnUnreadable = Callable[[Stored, PermanentError], Awaitable[None]]
 
@@ -141,7 +134,7 @@ class Bus:
 
         A second message with the same `msg_id` (within the stream's window) is dropped by the server. `json`
         overrides the channel's own choice. Raise `StorageFull` or `TemporaryError`; in both cases nothing was stored,
-        or the same `msg_id` may safely be sent again.
+        or the same `msg_id` may safely be sent again. Raise `PermanentError` for what the server never takes.
         """
         as_json = channel.json if json is None else json
         body = wire.encode(message, json=as_json)
@@ -189,6 +182,7 @@ class Bus:
         return wire.encode(ref, json=True).decode()
 
     async def _store(self, subject: str, body: bytes, headers: dict[str, str]) -> int:
+        check_size(self.client, subject, body, headers)
         give_up = asyncio.get_running_loop().time() + PUBLISH_PATIENCE
         while True:
             try:
@@ -196,11 +190,11 @@ class Bus:
             except js_errors.APIError as error:
                 if error.err_code in _FULL:
                     raise StorageFull(f"the bus has no room for {subject}: {error.description}", delay=5.0) from None
-                if not isinstance(error, _AWAY):
+                if not isinstance(error, AWAY):
                     raise PermanentError(f"the bus refuses a message on {subject}: {error.description}") from None
-            except _AWAY:
+            except AWAY:
                 pass
-            except ConnectionClosedError:
+            except CLOSED:
                 raise TemporaryError(f"not connected to the bus: {subject} was not published") from None
             if asyncio.get_running_loop().time() > give_up:
                 raise TemporaryError(
@@ -281,7 +275,7 @@ class Bus:
             return stored(await self.stream_context.get_msg(stream, seq=seq, subject=subject, direct=True, next=True))
         except js_errors.NotFoundError:
             return None
-        except (*_AWAY, ConnectionClosedError, js_errors.APIError) as error:
+        except (*AWAY, ConnectionClosedError, js_errors.APIError) as error:
             if self.client.is_closed:
                 raise TemporaryError("the connection to the bus is closed") from None
             log.warning("reading %s: %s, trying again", subject, error)
@@ -289,12 +283,14 @@ class Bus:
             return None
 
     async def last_place(self, channel: Channel[Any], **parts: str) -> int:
-        """Place of the newest message of a channel; 0 if there is none."""
+        """Place of the newest message of a channel; 0 if there is none. Raise `TemporaryError`."""
         subject = channel.subject(**parts) if parts else channel.pattern
         try:
             return (await self.stream_context.get_msg(channel.stream.name, subject=subject, direct=True)).seq or 0
         except js_errors.NotFoundError:
             return 0
+        except (*AWAY, *CLOSED, js_errors.APIError) as error:
+            raise TemporaryError(f"the bus does not answer for {subject}: {error or type(error).__name__}") from None
 
     async def purge(self, channel: Channel[Any], *, up_to: int | None = None, **parts: str) -> None:
         """Remove the messages of one subject, all or up to and including place `up_to`. Raise `TemporaryError`."""
@@ -345,7 +341,7 @@ class Bus:
         subject = topology.ANSWERS.subject(request=request)
         try:
             raw = await self.stream_context.get_msg(topology.RESULTS.name, subject=subject, direct=True)
-        except (js_errors.NotFoundError, *_AWAY):
+        except (js_errors.NotFoundError, *AWAY):
             return None
         result, _ = await self.open(topology.ANSWERS, raw.data or b"", raw.headers or {})
         return result
@@ -420,7 +416,7 @@ class Bus:
                     f"the nats-server has no room for stream {config.name}: the mesh's streams may hold up to "
                     f"{topology.MOST_BYTES / 2**30:.1f} GiB together; raise its max_file_store, or free disk"
                 ) from None
-            except _AWAY as error:
+            except AWAY as error:
                 if asyncio.get_running_loop().time() > give_up:
                     raise UserError(f"JetStream does not answer ({error}): start nats-server with -js") from None
                 await asyncio.sleep(0.2)

@@ -83,16 +83,16 @@ class Leases:
             revision = await self._table.update(key, Lease(holder=self._replica), held)
             if revision is None:
                 revision = await self._regain(key)
+            if key not in self._revisions:  # released meanwhile
+                if revision is not None:
+                    await self._table.delete(key)
+                return
         except MeshError as error:
-            log.warning("lease %s could not be renewed: %s", "/".join(key), error)
-            return
-        if key not in self._revisions:  # released meanwhile
-            if revision is not None:
-                await self._table.delete(key)
+            log.warning("lease %s could not be renewed: %s", "/".join(key), error, extra={key[0]: key[1]})
             return
         if revision is None:
             del self._revisions[key]
-            log.error("lease %s was lost", "/".join(key))
+            log.error("lease %s was lost", "/".join(key), extra={key[0]: key[1]})
             self._on_lost(key)
         else:
             self._revisions[key] = revision

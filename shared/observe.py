@@ -29,6 +29,8 @@ from shared.errors import UserError
 
 log = logging.getLogger(__name__)
 
+IDS = ("job", "group", "run", "request", "policy")
+"""Ids that a log line may also be given by itself: `log.info("…", extra={"run": name})`."""
 _bound: ContextVar[Mapping[str, str]] = ContextVar("bound", default=MappingProxyType({}))
 
 
@@ -58,6 +60,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             **_bound.get(),
+            **{name: str(record.__dict__[name]) for name in IDS if name in record.__dict__},
         }
         if (span := trace.get_current_span().get_span_context()).is_valid:
             line["trace"] = f"{span.trace_id:032x}"

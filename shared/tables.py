@@ -8,12 +8,19 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from nats.errors import NoRespondersError, OutboundBufferLimitError
+from nats.aio.client import Client
+from nats.errors import (
+    ConnectionClosedError,
+    ConnectionDrainingError,
+    ConnectionReconnectingError,
+    NoRespondersError,
+    OutboundBufferLimitError,
+)
 from nats.js import api
 from nats.js import errors as js_errors
 
 from shared import wire
-from shared.errors import StorageFull, TemporaryError
+from shared.errors import MeshError, PermanentError, StorageFull, TemporaryError
 from shared.topology import Bucket, token, untoken
 
 if TYPE_CHECKING:
@@ -24,13 +31,16 @@ Key = str | tuple[str, ...]
 log = logging.getLogger(__name__)
 
 _PATIENCE = 20.0
-_AWAY = (
+AWAY = (
     TimeoutError,
+    ConnectionReconnectingError,
     NoRespondersError,
     OutboundBufferLimitError,
     js_errors.NoStreamResponseError,
     js_errors.ServiceUnavailableError,
 )
+"""What the client library raises while the server cannot be reached, and may be again."""
+CLOSED = (ConnectionClosedError, ConnectionDrainingError)
 _WRONG_REVISION = {10071, 10164}
 _EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 _OPERATION = "KV-Operation"
@@ -74,6 +84,20 @@ def stored(raw: api.RawStreamMsg) -> Stored:
     return Stored(raw.subject or "", raw.seq or 0, raw.data or b"", raw.headers or {})
 
 
+def check_size(client: Client, subject: str, body: bytes, headers: Mapping[str, str]) -> None:
+    """Raise `PermanentError` for a message that the server would not take.
+
+    The client library looks at the body alone; with too long headers the server closes the connection.
+    """
+    # As NATS counts: the line NATS/1.0, a line for each header, an empty line, the body.
+    size = len("NATS/1.0\r\n\r\n") + sum(len(f"{name}: {value}\r\n".encode()) for name, value in headers.items())
+    size += len(body)
+    if size > client.max_payload:
+        raise PermanentError(
+            f"a message of {size} bytes for {subject} is over the {client.max_payload} bytes that the bus takes"
+        )
+
+
 class Table(Generic[T]):
     """One bucket. A key is a name, or several, each made a subject token."""
 
@@ -100,7 +124,7 @@ class Table(Generic[T]):
             return False
 
     async def items(self) -> list[Entry[T]]:
-        """All entries, in the order in which they were last written."""
+        """All entries, in the order in which they were last written. What cannot be decoded is logged and left out."""
         found: list[Entry[T]] = []
         place = 0
         while True:
@@ -109,8 +133,8 @@ class Table(Generic[T]):
             except js_errors.NotFoundError:
                 return found
             place = item.seq
-            if _OPERATION not in item.headers:
-                found.append(Entry(self._key_of(item.subject), self._decode(item.body), place))
+            if (change := self._change(item)) is not None and change.value is not None:
+                found.append(Entry(change.key, change.value, place))
 
     async def put(self, key: Key, value: T) -> int:
         """Write, whatever was there. Returns the revision."""
@@ -122,7 +146,10 @@ class Table(Generic[T]):
         if revision is not None:
             return revision
         # A deletion leaves a marker with a revision of its own, which counts as no entry.
-        found = await self._read(self._subject(key))
+        try:
+            found = await self._read(self._subject(key))
+        except js_errors.NotFoundError:  # it has expired in between
+            return await self._write_if(key, value, 0)
         return await self._write_if(key, value, found.seq) if _OPERATION in found.headers else None
 
     async def update(self, key: Key, value: T, revision: int) -> int | None:
@@ -133,11 +160,22 @@ class Table(Generic[T]):
         """Remove an entry, if there is one."""
         await self._publish(self._subject(key), b"", {_OPERATION: "DEL"})
 
-    async def changes(self) -> AsyncIterator[Change[T]]:
-        """Every present entry, oldest first, and then every change, for ever."""
-        async for raw in self._bus.read(self._stream, f"{self._prefix}>"):
+    async def changes(self, *, after: int = 0) -> AsyncIterator[Change[T]]:
+        """Every present entry behind revision `after`, oldest first, and then every change, for ever.
+
+        What cannot be decoded is logged and passed over: one bad entry must not stop whoever follows all of them.
+        """
+        async for raw in self._bus.read(self._stream, f"{self._prefix}>", after=after):
+            if (change := self._change(raw)) is not None:
+                yield change
+
+    def _change(self, raw: Stored) -> Change[T] | None:
+        try:
             value = None if _OPERATION in raw.headers else self._decode(raw.body)
-            yield Change(self._key_of(raw.subject), value, raw.seq)
+            return Change(self._key_of(raw.subject), value, raw.seq)
+        except (MeshError, UnicodeDecodeError) as error:
+            log.error("the entry %s is passed over: %s", raw.subject, error)
+            return None
 
     async def _write_if(self, key: Key, value: T, revision: int) -> int | None:
         try:
@@ -153,14 +191,17 @@ class Table(Generic[T]):
     async def _publish(self, subject: str, body: bytes, headers: dict[str, str]) -> int:
         # No message id: a compare-and-set that was stored although its answer was lost must not be told apart from
         # somebody else's, so after a timeout the caller sees a lost race and reads again.
+        check_size(self._bus.client, subject, body, headers)
         give_up = asyncio.get_running_loop().time() + _PATIENCE
         while True:
             try:
                 return (await self._bus.stream_context.publish(subject, body, timeout=3.0, headers=headers)).seq
-            except _AWAY as error:
+            except AWAY as error:
                 if asyncio.get_running_loop().time() > give_up:
-                    raise TemporaryError(f"the bus did not store {subject}: {error}") from None
+                    raise TemporaryError(f"the bus did not store {subject}: {error or type(error).__name__}") from None
                 await asyncio.sleep(0.2)
+            except CLOSED:
+                raise TemporaryError(f"not connected to the bus: {subject} was not written") from None
             except js_errors.APIError as error:
                 if error.err_code in _WRONG_REVISION:
                     raise
@@ -171,10 +212,14 @@ class Table(Generic[T]):
         while True:
             try:
                 return stored(await self._bus.stream_context.get_msg(self._stream, subject=subject, direct=True, **how))
-            except _AWAY:
+            except AWAY:
                 if asyncio.get_running_loop().time() > give_up:
                     raise TemporaryError(f"the bus does not answer for {subject}") from None
                 await asyncio.sleep(0.2)
+            except js_errors.NotFoundError:
+                raise
+            except (*CLOSED, js_errors.APIError) as error:
+                raise TemporaryError(f"{subject} cannot be read: {error}") from None
 
     def _subject(self, key: Key) -> str:
         return self._prefix + ".".join(token(part) for part in _key(key))

@@ -13,10 +13,10 @@ from typing import Any, Generic, TypeVar
 
 from shared.contracts.checks import CheckEnvironment, CheckReward
 from shared.contracts.episodes import GroupScored, PlayGroup, ScoreGroup
-from shared.contracts.jobs import ControlJob, JobChanged, JobProgressed, JobRecord, Submission, SubmitJob
+from shared.contracts.jobs import ControlJob, JobChanged, JobProgressed, JobRecord, JobStanding, Submission, SubmitJob
 from shared.contracts.policies import PolicyPublished, PolicyRecord
 from shared.contracts.replicas import ReplicaRecord
-from shared.contracts.results import DeadLetter, Result
+from shared.contracts.results import DeadLetter, DeliveryMark, Result
 from shared.contracts.sampling import SampleRequest
 from shared.contracts.training import AnyOperation, Lease, RunRecord
 from shared.errors import TemporaryError, UserError
@@ -171,6 +171,9 @@ class Consumer(Generic[T]):
     """How often a message whose handler fails by a defect is given out."""
     temporary_deliveries: int = 25
     """How often one whose handler raises `TemporaryError` is, with growing delays: some ten minutes in all."""
+    chances: int = 0
+    """How often one may be given out to somebody who then ends without a word (see `shared.chances`). 0: as often as
+    `temporary_deliveries` allows."""
     max_pending: int = 256
     """Messages that may be out at the same time, over all replicas: the back-pressure of a work queue."""
 
@@ -185,13 +188,14 @@ class Consumer(Generic[T]):
 
 def job_consumer(channel: Channel[T]) -> Consumer[T]:
     """The coordinator's consumer of one kind of job command."""
-    return Consumer(f"coordinator-{channel.name}", channel, channel.pattern)
+    return Consumer(f"coordinator-{channel.name}", channel, channel.pattern, chances=CHANCES)
 
 
-GROUP_PLAYERS = Consumer(name="environment", channel=GROUPS, subject=GROUPS.pattern, max_pending=512)
-ENVIRONMENT_CHECKERS = Consumer("environment-checks", ENVIRONMENT_CHECKS, ENVIRONMENT_CHECKS.pattern)
-REWARD_CHECKERS = Consumer("reward-checks", REWARD_CHECKS, REWARD_CHECKS.pattern)
-GROUP_SCORERS = Consumer(name="reward", channel=PLAYED, subject=PLAYED.pattern)
+CHANCES = 3
+GROUP_PLAYERS = Consumer(name="environment", channel=GROUPS, subject=GROUPS.pattern, max_pending=512, chances=CHANCES)
+GROUP_SCORERS = Consumer(name="reward", channel=PLAYED, subject=PLAYED.pattern, chances=CHANCES)
+ENVIRONMENT_CHECKERS = Consumer("environment-checks", ENVIRONMENT_CHECKS, ENVIRONMENT_CHECKS.pattern, chances=CHANCES)
+REWARD_CHECKERS = Consumer("reward-checks", REWARD_CHECKS, REWARD_CHECKS.pattern, chances=CHANCES)
 
 
 def sampler_consumer(base_model: str) -> Consumer[SampleRequest]:
@@ -211,8 +215,11 @@ class Bucket(Generic[T]):
 
 RUNS = Bucket("runs", RunRecord)
 JOB_RECORDS = Bucket("jobs", JobRecord)
+JOB_STANDINGS = Bucket("jobs", JobStanding)
+"""The same bucket, read for one field."""
 POLICIES = Bucket("policies", PolicyRecord)
 SUBMISSIONS = Bucket("submissions", Submission, ttl=JOBS.max_age)
 LEASES = Bucket("leases", Lease, ttl=10.0)
 REPLICAS = Bucket("replicas", ReplicaRecord, ttl=10.0)
-BUCKETS: tuple[Bucket[Any], ...] = (RUNS, JOB_RECORDS, SUBMISSIONS, POLICIES, LEASES, REPLICAS)
+DELIVERIES = Bucket("deliveries", DeliveryMark, ttl=HOUR)
+BUCKETS: tuple[Bucket[Any], ...] = (RUNS, JOB_RECORDS, SUBMISSIONS, POLICIES, LEASES, REPLICAS, DELIVERIES)

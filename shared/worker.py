@@ -4,6 +4,7 @@
     TemporaryError                  → given out again after a growing delay; on the last delivery as below
     PermanentError, undecodable     → kept in DEAD with the reason, taken off the queue, the asker gets the failure
     any other exception (a defect)  → given out again; on the last delivery as above
+    the process ends                → given out again, as often as `shared.chances` allows, and then as above
     cancelled, while stopping       → handed back at once, for another replica
 
 While a handler runs, the server is told so, so long work is not given to somebody else. `max_pending` of the consumer
@@ -27,6 +28,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from shared import observe
 from shared.bus import BLOB_HEADER, REQUEST_HEADER, Bus, Delivery
+from shared.chances import Chances, TooOften
 from shared.errors import MeshError, PermanentError, TemporaryError, failure_of
 from shared.tables import Stored
 from shared.tasks import cancelled
@@ -65,10 +67,14 @@ class Worker(Generic[T]):
         *,
         concurrency: int,
         metrics: WorkerMetrics,
+        on_too_often: Callable[[Delivery[T], TooOften], Awaitable[None]] | None = None,
     ) -> None:
+        """`on_too_often` tells whoever waits for a message that it will not even be tried again."""
         self._bus = bus
         self._consumer = consumer
         self._handle = handle
+        self._on_too_often = on_too_often
+        self._chances = Chances(bus, consumer)
         self._slots = asyncio.Semaphore(concurrency)
         self._concurrency = concurrency
         self._metrics = metrics
@@ -167,22 +173,22 @@ class Worker(Generic[T]):
         started = time.monotonic()
         self._metrics.running.labels(channel).inc()
         try:
-            with observe.traced(headers), observe.bound(request=headers.get(REQUEST_HEADER, "")):
-                outcome = await self._attempt(msg, headers)
+            with contextlib.ExitStack() as context:
+                context.enter_context(observe.traced(headers))
+                context.enter_context(observe.bound(request=headers.get(REQUEST_HEADER, "")))
+                outcome = await self._attempt(msg, headers, context)
             self._metrics.handled.labels(channel, outcome).inc()
         finally:
             alive.cancel()
             self._metrics.running.labels(channel).dec()
             self._metrics.seconds.labels(channel).observe(time.monotonic() - started)
 
-    async def _attempt(self, msg: Msg, headers: dict[str, str]) -> str:
+    async def _attempt(self, msg: Msg, headers: dict[str, str], context: contextlib.ExitStack) -> str:
         """Handle one message and settle it; what became of it, for the metrics."""
         try:
-            if msg.metadata.num_delivered > self._consumer.temporary_deliveries:
-                raise PermanentError("it was given out too often: whoever took it may have died of it each time")
             delivery = await self._open(msg, headers)
-            with observe.bound(**_ids(delivery.message)):
-                await self._handle(delivery)
+            context.enter_context(observe.bound(**_ids(delivery.message)))
+            await self._try(delivery)
         except asyncio.CancelledError:
             await msg.nak()
             return "handed_back"
@@ -193,6 +199,15 @@ class Worker(Generic[T]):
         await msg.ack()
         await self._forget_blob(headers)
         return "done"
+
+    async def _try(self, delivery: Delivery[T]) -> None:
+        try:
+            async with self._chances.given(delivery):
+                await self._handle(delivery)
+        except TooOften as error:
+            if self._on_too_often is not None:
+                await self._on_too_often(delivery, error)
+            raise
 
     async def _open(self, msg: Msg, headers: dict[str, str]) -> Delivery[T]:
         message, json = await self._bus.open(self._consumer.channel, msg.data, headers)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import msgspec
+
 from shared.config import ServiceConfig
 
 
@@ -16,5 +20,9 @@ class CoordinatorConfig(ServiceConfig, frozen=True, kw_only=True):
     """Groups that may fail one after another; then the job fails with the last one's reason."""
     group_patience_s: float = 3600.0
     """A group that has not come back after this long counts as failed, and another one is asked for."""
+    group_window: Annotated[int, msgspec.Meta(ge=1)] = 256
+    """Training groups of a job that may be out at the same time; the next ones are asked for as they come back."""
+    evaluation_window: Annotated[int, msgspec.Meta(ge=1)] = 128
+    """The same for the held-out groups of its evaluations."""
     keep_policies: int = 2
     """Newest versions of a job's policy that are kept beyond those still in use."""

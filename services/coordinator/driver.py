@@ -4,7 +4,7 @@
 |---|---|
 | scored groups on `rl.v1.rollouts.<job>` | environment and reward |
 | a step's operations to be answered | the trainer that leases the run |
-| its owner's wish (pause, cancel) | the `jobs` bucket |
+| its owner's wish (pause, cancel), at any time | the `jobs` bucket |
 
 Everything that a restart needs is in the job's record before anything follows from it: a step's groups are written
 down before its operations go out, so a coordinator that comes back sends the same ones again.
@@ -13,102 +13,122 @@ down before its operations go out, so a coordinator that comes back sends the sa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import Awaitable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
 from services.coordinator import policy
 from services.coordinator.advantages import has_signal, training_data, training_loss
+from services.coordinator.asking import Asking
+from services.coordinator.config import CoordinatorConfig
 from services.coordinator.evaluations import Evaluations
 from services.coordinator.operations import step_operations
 from services.coordinator.records import Records
-from services.coordinator.requests import held_out_group, training_group
 from shared import topology
 from shared.contracts.base import Failure
-from shared.contracts.episodes import GroupKey, GroupScored, PlayGroup
+from shared.contracts.episodes import GroupKey, GroupScored
 from shared.contracts.jobs import Evaluation, EvaluationPlan, StepPlan, StepReport, Wanted
 from shared.contracts.results import Result
 from shared.contracts.training import AnyOperation, OperationResult
-from shared.errors import MeshError, TemporaryError
+from shared.errors import MeshError
 from shared.node import Node
-from shared.tasks import Tasks
+from shared.tables import Stored
+from shared.tasks import Tasks, cancelled
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Event = GroupScored | tuple[Result, ...] | MeshError
+
+PUBLISHES = 16
+"""Groups of one job that are being published at the same time."""
+CATCH_UP_SECONDS = 60.0
+"""For reading what came back before a restart; what is not read by then is asked for again."""
 
 
 class JobFailed(MeshError):
     """The job cannot go on; the message says why."""
 
 
+class Stopped(Exception):
+    """Its owner wants it paused or cancelled."""
+
+
 class JobDriver:
     """The state machine of one job."""
 
-    def __init__(
-        self, node: Node, records: Records, *, max_failed_groups: int, keep_policies: int, patience_s: float
-    ) -> None:
+    def __init__(self, node: Node, records: Records, config: CoordinatorConfig, publishing: asyncio.Semaphore) -> None:
+        """`publishing` bounds what all drivers publish at the same time."""
         self._node = node
         self._records = records
-        self._max_failed = max_failed_groups
-        self._patience_s = patience_s
-        self._keep_policies = keep_policies
+        self._config = config
         self._tasks = Tasks(f"{node.replica}/{records.job}")
-        self._events: asyncio.Queue[GroupScored | tuple[Result, ...] | MeshError | Wanted] = asyncio.Queue()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._wanted: Wanted = "run"
+        self._wished = asyncio.Event()
+        self._caught_up = asyncio.Event()
         self._ready: dict[GroupKey, GroupScored] = {}
-        self._asked: dict[GroupKey, float] = {}
-        """When a group that is not back was asked for, by the monotonic clock."""
+        self._asking = Asking(node.bus, records, config, publishing)
         self._evaluations = Evaluations(records.spec.evaluation)
         self._training = False
         self._dropped_in_step = 0
         self._failed_in_a_row = 0
-        self._step_began = time.monotonic()
         self._train_began = 0.0
 
     @property
     def activity(self) -> str:
         """For people: where the job is."""
         record = self._records.record
-        doing = "training" if self._training else f"waiting for {len(record.outstanding) - len(self._ready)} groups"
+        missing = len(self._records.outstanding) - len(self._ready)
+        doing = "training" if self._training else f"waiting for {missing} groups"
         return f"{record.job} step {record.step}/{record.spec.algorithm.steps}, {doing}"
 
     def wish(self, wanted: Wanted) -> None:
-        """Its owner wants something else now."""
-        self._events.put_nowait(wanted)
+        """Its owner wants it to stop: what it waits for is broken off."""
+        self._wanted = wanted
+        self._wished.set()
 
     async def run(self) -> None:
         """Drive the job to its end, or until its owner wants it paused or cancelled."""
-        if await self._stopped_by(self._records.record.wanted):
+        if self._records.record.wanted != "run":
+            await self._stop(self._records.record.wanted)
             return
-        self._tasks.start("rollouts", self._follow())
         self._tasks.start("patience", self._look_for_lost_groups())
         try:
             await self._begin()
             while not self._finished():
                 await self._move()
-                if not await self._take(await self._next_event()):
-                    return
+                await self._take(await self._unless_stopped(self._events.get()))
             await self._records.finish("succeeded", "")
+        except Stopped:
+            await self._stop(self._wanted)
         except JobFailed as error:
             await self._records.finish("failed", str(error))
         finally:
             await self._tasks.stop()
 
+    async def fail(self, reason: str) -> None:
+        """End the job after `run` has raised."""
+        await self._records.finish("failed", reason)
+
     async def _begin(self) -> None:
         record = self._records.record
-        if record.phase != "running":
-            await self._records.enter("running", "")
+        if record.phase != "running" or not record.step_began:
+            began = policy.step_began(record, time.time())
+            await self._records.enter("running", "", step_began=began, paused=None)
         await self._records.create_run()
         await self._records.tell_again()
         for plan in record.evaluating:
-            await self._ask_evaluation(plan)
-        # After a restart, ask again for what was asked for: requests are told apart by their keys, so those that
-        # were already played, or are being played, are not played twice.
-        await self._ask_groups(list(record.outstanding))
+            self._begin_evaluation(plan)
+        await self._catch_up()
+        # After a restart, ask again for what was asked for and is not back: requests are told apart by their keys, so
+        # those that are being played are not played twice.
+        self._asking.add_training(sorted(self._records.outstanding))
 
     def _finished(self) -> bool:
         record = self._records.record
@@ -125,77 +145,105 @@ class JobDriver:
             record = self._records.record
             plan = EvaluationPlan(step=record.step, policy=record.policy)
             await self._records.save(evaluating=[*record.evaluating, plan])
-            await self._ask_evaluation(plan)
+            self._begin_evaluation(plan)
         await self._drop_old()
         await self._begin_step()
         await self._ask_more()
+        await self._ask()
 
-    async def _take(self, event: GroupScored | tuple[Result, ...] | MeshError | Wanted) -> bool:
-        """Take in what happened. False: the job is not to be driven on."""
+    async def _take(self, event: Event) -> None:
+        """Take in what happened."""
         if isinstance(event, MeshError):
             raise JobFailed(str(event))
         if isinstance(event, GroupScored):
             await self._take_group(event)
-        elif isinstance(event, tuple):
-            await self._end_step(event)
         else:
-            return not await self._stopped_by(event)
-        return True
+            await self._end_step(event)
 
-    async def _stopped_by(self, wanted: Wanted) -> bool:
-        """Whether the job ends or pauses here because its owner wants it."""
+    async def _stop(self, wanted: Wanted) -> None:
         if wanted == "cancel":
             await self._records.finish("cancelled", "cancelled by its owner")
         elif wanted == "pause":
-            await self._records.enter("paused", "paused by its owner")
-        return wanted != "run"
+            await self._records.enter("paused", "paused by its owner", paused=time.time())
 
-    async def _next_event(self) -> GroupScored | tuple[Result, ...] | MeshError | Wanted:
-        """What happens next. Raise what one of this job's own tasks failed with."""
-        waiting = asyncio.ensure_future(self._events.get())
-        failing = asyncio.ensure_future(self._tasks.wait())
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do what may be broken off and done again: everything but writing the record.
+
+        Raise `Stopped` as soon as the owner wants it, and what one of this job's own tasks failed with.
+        """
+        working = asyncio.create_task(work)
+        failing = asyncio.create_task(self._tasks.wait())
+        wished = asyncio.create_task(self._wished.wait())
         try:
-            await asyncio.wait([waiting, failing], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([working, failing, wished], return_when=asyncio.FIRST_COMPLETED)
             if failing.done():
                 failing.result()
-            return await waiting
+            if wished.done():
+                raise Stopped
+            return await working
         finally:
-            waiting.cancel()
-            failing.cancel()
+            await cancelled([working, failing, wished])
 
     # -- groups --------------------------------------------------------------------------------------------------
 
-    async def _follow(self) -> None:
-        async for delivery in self._node.bus.follow(topology.SCORED, job=self._records.job):
+    async def _follow(self, place: int) -> None:
+        """Hear of all groups; those up to `place` were there before."""
+
+        async def passed_over(raw: Stored, _: MeshError) -> None:
+            self._read_up_to(raw.seq, place)
+
+        self._read_up_to(0, place)
+        follow = self._node.bus.follow(topology.SCORED, job=self._records.job, on_unreadable=passed_over)
+        async for delivery in follow:
             self._events.put_nowait(delivery.message)
+            self._read_up_to(delivery.seq, place)
+
+    def _read_up_to(self, seq: int, place: int) -> None:
+        if seq >= place:
+            self._caught_up.set()
+
+    async def _catch_up(self) -> None:
+        """Take in what came back while nobody drove the job, so that it is not asked for again."""
+
+        def last_place() -> Awaitable[int]:
+            return self._node.bus.last_place(topology.SCORED, job=self._records.job)
+
+        place = await self._unless_stopped(self._records.patience(last_place))
+        self._tasks.start("rollouts", self._follow(place))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CATCH_UP_SECONDS):
+                await self._unless_stopped(self._caught_up.wait())
+        while not self._events.empty():
+            await self._take(self._events.get_nowait())
 
     async def _look_for_lost_groups(self) -> None:
         """Give up groups that do not come back: whoever played one may have died each time it was given out."""
         while True:
-            await asyncio.sleep(self._patience_s / 10)
-            now = time.monotonic()
-            overdue = [key for key, asked in self._asked.items() if now - asked > self._patience_s]
-            for key in overdue:
-                self._asked.pop(key, None)
-                failure = Failure(message=f"group {key} did not come back in {self._patience_s:g} s")
+            patience = self._config.group_patience_s
+            for key in self._asking.lost():
+                failure = Failure(message=f"group {key} did not come back in {patience:g} s")
                 self._events.put_nowait(GroupScored(job=self._records.job, group=key, failure=failure))
+            await asyncio.sleep(patience / 10)
 
     async def _take_group(self, group: GroupScored) -> None:
-        record = self._records.record
-        self._asked.pop(group.group, None)
         held_out = group.group.split == "held_out"
-        expected = self._evaluations.expects(group.group) if held_out else group.group in record.outstanding
-        if not expected or group.group in self._ready:
+        self._asking.back(group.group)
+        if not (self._evaluations.expects(group.group) if held_out else self._expects(group.group)):
             return
         reason = policy.group_failure(group)
         self._count_failure(group, reason)
         if held_out:
             await self._take_evaluated(group)
         elif reason is not None:
-            rest = [key for key in record.outstanding if key != group.group]
-            await self._records.save(outstanding=rest, failed_groups=record.failed_groups + 1)
+            failed = self._records.record.failed_groups + 1
+            rest = self._records.outstanding - {group.group.index}
+            await self._records.save_outstanding(rest, failed_groups=failed)
         else:
             self._ready[group.group] = group
+
+    def _expects(self, key: GroupKey) -> bool:
+        """Whether this training group is still missing."""
+        return key.round == 0 and key.index in self._records.outstanding and key not in self._ready
 
     def _count_failure(self, group: GroupScored, reason: str | None) -> None:
         if reason is None:
@@ -203,7 +251,7 @@ class JobDriver:
             return
         self._failed_in_a_row += 1
         log.warning("group %s of job %s failed: %s", group.group, self._records.job, reason)
-        if self._failed_in_a_row >= self._max_failed:
+        if self._failed_in_a_row >= self._config.max_failed_groups:
             raise JobFailed(f"{self._failed_in_a_row} groups failed one after another; the last one: {reason}")
 
     async def _ask_more(self) -> None:
@@ -214,27 +262,19 @@ class JobDriver:
             updates=record.updates,
             # A plan whose groups have not been read again after a restart is being trained all the same.
             training=self._training or record.plan is not None,
-            outstanding=len(record.outstanding) - in_training,
+            outstanding=len(self._records.outstanding) - in_training,
         )
         count = policy.groups_to_ask_for(standing, record.spec)
         if count == 0:
             return
-        keys = [GroupKey(split="train", index=record.next_group + number) for number in range(count)]
-        await self._records.save(outstanding=[*record.outstanding, *keys], next_group=record.next_group + count)
-        await self._ask_groups(keys)
+        new = range(record.next_group, record.next_group + count)
+        await self._records.save_outstanding({*self._records.outstanding, *new}, next_group=new.stop)
+        self._asking.add_training(new)
 
-    async def _ask_groups(self, keys: Sequence[GroupKey]) -> None:
-        record = self._records.record
-        await asyncio.gather(*(self._publish_group(training_group(record, key)) for key in keys))
-
-    async def _publish_group(self, group: PlayGroup) -> None:
-        self._asked[group.group] = time.monotonic()
-
-        def publish() -> Awaitable[int]:
-            msg_id = f"{group.job}/{group.group}"
-            return self._node.bus.publish(topology.GROUPS, group, msg_id=msg_id, environment=group.environment.name)
-
-        await patiently(publish)
+    async def _ask(self) -> None:
+        """Ask for what the windows have room for."""
+        for groups in self._asking.next(self._expects, self._evaluations.expects):
+            await self._unless_stopped(self._asking.publish(groups))
 
     async def _drop_old(self) -> None:
         record = self._records.record
@@ -246,8 +286,8 @@ class JobDriver:
         for key in old:
             del self._ready[key]
         self._dropped_in_step += len(old)
-        rest = [key for key in record.outstanding if key not in old]
-        await self._records.save(outstanding=rest, dropped_groups=record.dropped_groups + len(old))
+        rest = self._records.outstanding - {key.index for key in old}
+        await self._records.save_outstanding(rest, dropped_groups=record.dropped_groups + len(old))
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -287,19 +327,19 @@ class JobDriver:
 
     async def _send(self, operations: Sequence[AnyOperation]) -> list[Result]:
         """Publish operations and wait for all their answers. Raise the first failure."""
-        asking = [asyncio.ensure_future(self._ask(operation)) for operation in operations]
+        asking = [asyncio.ensure_future(self._send_one(operation)) for operation in operations]
         try:
             return await asyncio.gather(*asking)
         finally:
             for task in asking:
                 task.cancel()
 
-    async def _ask(self, operation: AnyOperation) -> Result:
+    async def _send_one(self, operation: AnyOperation) -> Result:
         def ask() -> Awaitable[Result]:
             msg_id = f"{operation.run}/{operation.seq}"
             return self._node.bus.ask(topology.OPERATIONS, operation, msg_id=msg_id, run=operation.run)
 
-        return await patiently(ask)
+        return await self._records.patience(ask)
 
     async def _end_step(self, results: tuple[Result, ...]) -> None:
         record = self._records.record
@@ -311,28 +351,28 @@ class JobDriver:
         published = next((r.policy for r in results if isinstance(r, OperationResult) and r.policy is not None), None)
         trained = sum(map(has_signal, groups))
         row = self._report(groups, trained, results)
-        await self._records.save(
+        await self._records.save_outstanding(
+            self._records.outstanding - {key.index for key in plan.groups},
             step=record.step + 1,
             next_seq=plan.first_seq + len(results),
-            outstanding=[key for key in record.outstanding if key not in plan.groups],
             updates=record.updates + (1 if trained else 0),
             policy=published.policy if published else record.policy,
             adapter=self._records.place_of(published) if published else record.adapter,
             plan=None,
             skipped_groups=record.skipped_groups + len(groups) - trained,
             last=row,
+            step_began=time.time(),
         )
         self._training = False
         self._dropped_in_step = 0
-        self._step_began = time.monotonic()
         await self._records.stepped(row)
-        await self._records.delete_policies(self._versions_needed(), self._keep_policies)
+        await self._records.delete_policies(self._versions_needed(), self._config.keep_policies)
 
     def _report(self, groups: Sequence[GroupScored], trained: int, results: Sequence[Result]) -> StepReport:
         record = self._records.record
         row = policy.report(record.step + 1, groups, record.updates, trained)
-        now = time.monotonic()
-        seconds = now - self._step_began
+        # From the record, since whoever drove the job when the step began may be gone.
+        seconds = max(0.0, time.time() - record.step_began)
         named = [pair for result in results if isinstance(result, OperationResult) for pair in result.metrics.items()]
         metrics = {name: value for name, value in named if math.isfinite(value)}  # JSON has no others
         return msgspec.structs.replace(
@@ -340,7 +380,7 @@ class JobDriver:
             loss=metrics.get("loss:sum", 0.0),
             dropped_groups=self._dropped_in_step,
             seconds=seconds,
-            train_seconds=now - self._train_began,
+            train_seconds=time.monotonic() - self._train_began,
             tokens_per_second=row.tokens / seconds if seconds else 0.0,
             metrics=metrics,
         )
@@ -361,12 +401,9 @@ class JobDriver:
             record.spec.evaluation, record.step, record.spec.algorithm.steps, known
         )
 
-    async def _ask_evaluation(self, plan: EvaluationPlan) -> None:
-        record = self._records.record
+    def _begin_evaluation(self, plan: EvaluationPlan) -> None:
         self._evaluations.begin(plan.step)
-        await asyncio.gather(
-            *(self._publish_group(held_out_group(record, plan, index)) for index in range(record.spec.evaluation.tasks))
-        )
+        self._asking.add_evaluation(plan.step)
 
     async def _take_evaluated(self, group: GroupScored) -> None:
         outcome = self._evaluations.take(group)
@@ -380,13 +417,3 @@ class JobDriver:
             evaluations=sorted([*record.evaluations, outcome], key=lambda evaluation: evaluation.step),
         )
         await self._records.evaluated(outcome)
-
-
-async def patiently(call: Callable[[], Awaitable[T]]) -> T:
-    """Call, and call again after a temporary error: a job outlives a bus that is away and a disk that is full."""
-    while True:
-        try:
-            return await call()
-        except TemporaryError as error:
-            log.warning("waiting: %s", error)
-            await asyncio.sleep(error.delay)

@@ -36,7 +36,7 @@ class Evaluations:
         rewards = [answer for answer in answers.values() if answer is not None]
         return Evaluation(
             step=step,
-            accuracy=fmean(rewards) if rewards else 0.0,
+            accuracy=fmean(rewards) if rewards else None,
             tasks=len(answers),
             failed=len(answers) - len(rewards),
         )

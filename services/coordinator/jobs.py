@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from pathlib import Path
 
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.driver import JobDriver
 from services.coordinator.metrics import CoordinatorMetrics
+from services.coordinator.policy import MOST_REST, retry_seconds
 from services.coordinator.records import LostJob, Records
 from shared import observe, topology
 from shared.contracts.jobs import FINISHED, JobRecord
-from shared.errors import MeshError
+from shared.errors import MeshError, TemporaryError, failure_of
 from shared.leases import Key, Leases
 from shared.node import Node
 from shared.tasks import cancelled
@@ -21,10 +23,12 @@ from shared.tasks import cancelled
 log = logging.getLogger(__name__)
 
 CLAIM_SECONDS = 1.0
+MOST_PUBLISHES = 64
+"""Groups that are being published at the same time, for all jobs: leases and presence must get through beside them."""
 
 
 class Jobs:
-    """Follows the `jobs` bucket and drives what nobody else does."""
+    """Follows the `jobs` bucket and drives what nobody else does. Nothing that one job does ends the others."""
 
     def __init__(self, node: Node, config: CoordinatorConfig, metrics: CoordinatorMetrics) -> None:
         self.drivers: dict[str, JobDriver] = {}
@@ -34,6 +38,9 @@ class Jobs:
         self._table = node.bus.table(topology.JOB_RECORDS)
         self._open: dict[str, JobRecord] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._publishing = asyncio.Semaphore(MOST_PUBLISHES)
+        self._resting: dict[str, tuple[int, float]] = {}
+        """Jobs whose driving failed by something that may pass: how often in a row, and until when they rest."""
         self._changed = asyncio.Event()
         self._looking: list[asyncio.Task[None]] = []
         self._leases = Leases(node.bus, node.replica, node.tasks, self._lost)
@@ -51,13 +58,14 @@ class Jobs:
         await cancelled(self._looking)
         for name, task in list(self._running.items()):
             await cancelled([task])
-            await self._leases.release(("job", name))
+            await self._release(name)
 
     async def _watch(self) -> None:
         async for change in self._table.changes():
             name, record = change.key[0], change.value
             if record is None or record.phase in FINISHED:
                 self._open.pop(name, None)
+                self._resting.pop(name, None)
                 continue
             before = self._open.get(name)
             self._open[name] = record
@@ -76,12 +84,17 @@ class Jobs:
             for record in sorted(self._open.values(), key=lambda record: (-record.spec.priority, record.created)):
                 idle = record.phase == "paused" and record.wanted == "pause"
                 full = len(self.drivers) >= self._config.max_jobs and record.wanted == "run"
-                if record.job in self.drivers or idle or full:
+                rests = record.wanted == "run" and time.monotonic() < self._resting.get(record.job, (0, 0.0))[1]
+                if record.job in self.drivers or idle or full or rests:
                     continue
                 try:
                     await self._claim(record.job)
                 except MeshError as error:
-                    log.warning("job %s could not be claimed: %s", record.job, error)
+                    log.warning("job %s could not be claimed: %s", record.job, error, extra={"job": record.job})
+                except Exception as error:
+                    log.exception("claiming job %s failed", record.job, extra={"job": record.job})
+                    await self._release(record.job)
+                    self._rest(record.job, time.monotonic(), error)
 
     async def _claim(self, name: str) -> None:
         if not await self._leases.claim(("job", name)):
@@ -92,13 +105,7 @@ class Jobs:
             return
         metrics_dir = Path(self._config.metrics_dir)
         records = Records(self._node, entry.value, entry.revision, self._metrics, metrics_dir)
-        driver = JobDriver(
-            self._node,
-            records,
-            max_failed_groups=self._config.max_failed_groups,
-            keep_policies=self._config.keep_policies,
-            patience_s=self._config.group_patience_s,
-        )
+        driver = JobDriver(self._node, records, self._config, self._publishing)
         self.drivers[name] = driver
         self._metrics.running.set(len(self.drivers))
         self._running[name] = self._node.tasks.start(f"job {name}", self._drive(name, driver))
@@ -106,15 +113,49 @@ class Jobs:
     async def _drive(self, name: str, driver: JobDriver) -> None:
         try:
             with observe.bound(job=name):
-                await driver.run()
-        except LostJob as error:
-            log.warning("%s", error)
+                await self._guarded(name, driver)
         finally:
             del self.drivers[name]
             self._running.pop(name, None)
             self._metrics.running.set(len(self.drivers))
             self._changed.set()
-        await self._leases.release(("job", name))
+        await self._release(name)
+
+    async def _guarded(self, name: str, driver: JobDriver) -> None:
+        began = time.monotonic()
+        try:
+            await driver.run()
+        except LostJob as error:
+            log.warning("%s", error)
+        except TemporaryError as error:
+            self._rest(name, began, error)
+        except Exception as error:
+            log.exception("driving job %s failed", name)
+            await self._fail(name, driver, error, began)
+
+    async def _fail(self, name: str, driver: JobDriver, error: Exception, began: float) -> None:
+        try:
+            await driver.fail(failure_of(error).message)
+        except LostJob as lost:
+            log.warning("%s", lost)
+        except TemporaryError as away:
+            self._rest(name, began, away)
+        except Exception as again:  # it stays open, and is tried again
+            log.exception("job %s could not be failed", name)
+            self._rest(name, began, again)
+
+    def _rest(self, name: str, began: float, error: Exception) -> None:
+        now = time.monotonic()
+        failures = self._resting.get(name, (0, 0.0))[0] + 1 if now - began < MOST_REST else 1
+        seconds = retry_seconds(failures)
+        self._resting[name] = failures, now + seconds
+        log.warning("job %s rests for %g s: %s", name, seconds, error)
+
+    async def _release(self, name: str) -> None:
+        try:
+            await self._leases.release(("job", name))
+        except MeshError as error:
+            log.warning("the lease of job %s was not released, and will expire: %s", name, error, extra={"job": name})
 
     def _lost(self, key: Key) -> None:
         if (task := self._running.get(key[1])) is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from shared.contracts.jobs import Evaluation, StepReport
@@ -39,5 +41,9 @@ class CoordinatorMetrics:
         self.groups.labels(job, "dropped").inc(row.dropped_groups)
 
     def evaluated(self, job: str, evaluation: Evaluation) -> None:
-        """Count an evaluation."""
-        self.accuracy.labels(job).set(evaluation.accuracy)
+        """Count an evaluation. One that measured nothing leaves no figure, not even that of an earlier one."""
+        if evaluation.accuracy is not None:
+            self.accuracy.labels(job).set(evaluation.accuracy)
+            return
+        with contextlib.suppress(KeyError):
+            self.accuracy.remove(job)

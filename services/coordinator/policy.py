@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 from services.coordinator.advantages import scored
 from shared.contracts.episodes import GroupScored, RewardSpec
-from shared.contracts.jobs import EvaluationSpec, JobSpec, StepReport
+from shared.contracts.jobs import EvaluationSpec, JobRecord, JobSpec, StepReport
+
+MOST_REST = 60.0
+"""Seconds."""
 
 
 def version_of(group: GroupScored) -> int:
@@ -97,6 +100,37 @@ def report(step: int, groups: Sequence[GroupScored], updates: int, trained: int)
         staleness=sum(ages) / len(ages) if ages else 0.0,
         sample_seconds=max((group.play_seconds for group in groups), default=0.0),
     )
+
+
+def spans(indexes: Iterable[int]) -> list[tuple[int, int]]:
+    """The first and the last of each unbroken row of indexes."""
+    found: list[tuple[int, int]] = []
+    for index in sorted(indexes):
+        if found and index == found[-1][1] + 1:
+            found[-1] = (found[-1][0], index)
+        else:
+            found.append((index, index))
+    return found
+
+
+def indexes_asked_for(record: JobRecord) -> set[int]:
+    """Indexes of the training groups that a record says are outstanding."""
+    return {
+        *(index for first, last in record.asked for index in range(first, last + 1)),
+        *(key.index for key in record.outstanding if key.split == "train"),
+    }
+
+
+def step_began(record: JobRecord, now: float) -> float:
+    """When the present step of a job that goes on began; a pause does not count."""
+    if not record.step_began:
+        return now
+    return record.step_began + (now - record.paused if record.paused is not None else 0.0)
+
+
+def retry_seconds(failures: int) -> float:
+    """How long a job rests whose driving has failed so many times in a row, by something that may pass."""
+    return float(min(MOST_REST, 2 ** min(failures, 10)))
 
 
 def versions_to_delete(published: Collection[int], needed: Collection[int], keep: int) -> list[int]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import logging
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import msgspec
 from services.coordinator import policy
 from services.coordinator.metrics import CoordinatorMetrics
 from services.coordinator.metrics_file import MetricsFile
+from services.coordinator.patience import Patience
 from shared import topology
 from shared.contracts.jobs import (
     FINISHED,
@@ -26,10 +28,13 @@ from shared.contracts.jobs import (
 )
 from shared.contracts.policies import PolicyRecord
 from shared.contracts.training import RunRecord
-from shared.errors import MeshError, TemporaryError
+from shared.errors import MeshError
 from shared.node import Node
 
 log = logging.getLogger(__name__)
+
+LONGEST_REASON = 4000
+"""Characters: a record must stay small enough for the bus, whatever other people's code raises."""
 
 
 class LostJob(MeshError):
@@ -43,6 +48,9 @@ class Records:
         self, node: Node, record: JobRecord, revision: int, metrics: CoordinatorMetrics, metrics_dir: Path
     ) -> None:
         self.record = record
+        self.outstanding = policy.indexes_asked_for(record)
+        """Indexes of training groups that were asked for and not yet used."""
+        self.patience = Patience(record.job)
         self._revision = revision
         self._node = node
         self._metrics = metrics
@@ -67,19 +75,25 @@ class Records:
 
     async def save(self, **changes: Any) -> None:
         """Change the record, here and in the bucket."""
-        while True:
-            record = msgspec.structs.replace(self.record, **changes)
-            # A write whose answer got lost may have been stored.
-            self._possible = (self.record, record)
-            try:
-                revision = await self._jobs.update(self.job, record, self._revision)
-                if revision is not None:
-                    self.record, self._revision = record, revision
-                    return
-                await self._reread()
-            except TemporaryError as error:  # a full disk holds a job up, and no more
-                log.warning("job %s waits: %s", self.job, error)
-                await asyncio.sleep(error.delay)
+        while not await self.patience(functools.partial(self._stored, changes)):
+            pass
+
+    async def save_outstanding(self, indexes: Collection[int], **changes: Any) -> None:
+        """Change which training groups are outstanding, and more."""
+        await self.save(asked=policy.spans(indexes), outstanding=[], **changes)
+        self.outstanding = set(indexes)
+
+    async def _stored(self, changes: dict[str, Any]) -> bool:
+        """Try to write changes. False: somebody else wrote the record, and it has been read again."""
+        record = msgspec.structs.replace(self.record, **changes)
+        # A write whose answer got lost may have been stored.
+        self._possible = (self.record, record)
+        revision = await self._jobs.update(self.job, record, self._revision)
+        if revision is None:
+            await self._reread()
+            return False
+        self.record, self._revision = record, revision
+        return True
 
     async def _reread(self) -> None:
         """Somebody wrote the record: its owner, who may only have changed what is wanted, or another coordinator."""
@@ -89,10 +103,11 @@ class Records:
         self._revision = entry.revision
         self.record = msgspec.structs.replace(self.record, wanted=entry.value.wanted)
 
-    async def enter(self, phase: JobPhase, reason: str) -> None:
+    async def enter(self, phase: JobPhase, reason: str, **changes: Any) -> None:
         """Enter another phase, and tell."""
         finished = time.time() if phase in FINISHED else None
-        await self.save(phase=phase, reason=reason, finished=finished)
+        reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} ..."
+        await self.save(phase=phase, reason=reason, finished=finished, **changes)
         log.info("job %s is %s%s", self.job, phase, f": {reason}" if reason else "")
         event = JobChanged(
             job=self.job,

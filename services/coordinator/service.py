@@ -4,7 +4,7 @@
 |---|---|---|---|
 | submit, cancel, pause, resume, delete | `rl.v1.jobs.*` | nothing | anyone's message |
 | jobs | bucket `jobs` | a job that is open | a submission, an owner's wish |
-| claims | open jobs that nobody drives | a lease | expiry of a killed coordinator's lease |
+| claims | open jobs that nobody drives | a lease | expiry of a killed coordinator's lease; the end of a job's rest |
 | a job | see `services.coordinator.driver` | | |
 """
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from services.coordinator.limits import check_sizes
 from services.coordinator.policy import reward_names
 from shared import validation
 from shared.contracts.checks import CheckEnvironment, CheckReward
@@ -155,7 +156,7 @@ def _check_model(name: str, replicas: Sequence[ReplicaRecord]) -> list[FieldErro
 
 
 def _check_rules(spec: JobSpec) -> list[FieldError]:
-    errors = [*_check_loss(spec.algorithm), *_check_stop(spec.sampling)]
+    errors = [*check_sizes(spec), *_check_loss(spec.algorithm), *_check_stop(spec.sampling)]
     if spec.sampling.max_tokens == 0:
         errors.append(FieldError(path="sampling.max_tokens", message="0 leaves nothing to train on: give 1 or more"))
     if spec.sampling.temperature != 1:

@@ -51,8 +51,9 @@ class Calls:
         outcome: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         outcome.add_done_callback(lambda done: self._count(environment, 1) if done.cancelled() else None)
         report = _reporter(functools.partial(self._settle, environment, outcome))
-        call = functools.partial(contextvars.copy_context().run, function, *args)
-        work = functools.partial(_work, environment, what, call, report)
+        call = functools.partial(function, *args)
+        # All of it in the caller's context: what is logged about a failure carries the ids of the group.
+        work = functools.partial(contextvars.copy_context().run, _work, environment, what, call, report)
         threading.Thread(target=work, name=f"environment:{environment}", daemon=True).start()
         return await outcome
 

@@ -1,7 +1,8 @@
 """A group to play, in; a group to score, or the failure of the group, out.
 
 Whatever goes wrong, the coordinator hears of it: an error that trying again does not mend is published as the group's
-result at once, and any other one on the last delivery, before the worker gives the message up.
+result at once, and any other one on the last delivery, before the worker gives the message up. The exception is a job
+that has ended: nobody waits for its groups, so they are dropped.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from services.environment.player import Player, Table
 from services.environment.registry import Registry
 from shared import topology, wire
 from shared.bus import Bus, Delivery
+from shared.chances import TooOften
 from shared.contracts.episodes import EnvironmentSpec, GroupScored, PlayGroup, ScoreGroup, Task
 from shared.errors import PermanentError, TemporaryError, UserError, failure_of
+from shared.finished import FinishedJobs, JobEnded
 from shared.tasks import Tasks
 from shared.text import Text, chat_tokenizer
 
@@ -39,11 +42,11 @@ class Tables:
 
     async def prepare(self, group: PlayGroup) -> Table:
         """Raise `UserError` that says what is wrong with the group."""
-        text = await self._texts.get(group.base_model, lambda: self._load_text(group.base_model))
         spec = group.environment
         environment = await self._environments.get(wire.encode(spec, json=False), lambda: self._make(spec))
         task = await self._task(group, environment)
         opening = await self._call(spec, "start()", environment.start, task)
+        text = await self._texts.get(group.base_model, lambda: self._load_text(group.base_model))
         return Table(group, environment, text, task, policy.checked_opening(spec.name, opening))
 
     async def _load_text(self, base_model: str) -> Text:
@@ -80,8 +83,11 @@ class Tables:
 class GroupHandler:
     """Plays groups and publishes them."""
 
-    def __init__(self, bus: Bus, tables: Tables, player: Player, metrics: EnvironmentMetrics) -> None:
+    def __init__(
+        self, bus: Bus, tables: Tables, player: Player, finished: FinishedJobs, metrics: EnvironmentMetrics
+    ) -> None:
         self._bus = bus
+        self._finished = finished
         self._tables = tables
         self._player = player
         self._metrics = metrics
@@ -92,6 +98,8 @@ class GroupHandler:
         with self._metrics.running.track_inprogress():
             try:
                 await self._play(group)
+            except JobEnded:
+                self._metrics.groups.labels("dropped").inc()
             except PermanentError as error:
                 await self._fail(group, error)
             except (Exception, asyncio.CancelledError) as error:
@@ -100,10 +108,16 @@ class GroupHandler:
                     await self._fail(group, error)
                 raise
 
+    async def too_often(self, delivery: Delivery[PlayGroup], error: TooOften) -> None:
+        """Tell of a group that is not tried again."""
+        await self._fail(delivery.message, error)
+
     async def _play(self, group: PlayGroup) -> None:
         started = time.monotonic()
+        self._finished.check(group.job)
         table = await self._tables.prepare(group)
         episodes = await self._player.play(table)
+        self._finished.check(group.job)
         played = ScoreGroup(
             job=group.job,
             group=group.group,

@@ -14,7 +14,7 @@ class EnvironmentMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.groups = Counter(
             "openrl_environment_groups_total",
-            "Groups by what became of them (played, failed)",
+            "Groups by what became of them (played, failed, dropped since their job had ended)",
             ["outcome"],
             registry=registry,
         )
@@ -33,7 +33,7 @@ class EnvironmentMetrics:
         )
         self.seconds = Histogram(
             "openrl_environment_episode_seconds",
-            "Time of an episode, from its first reply to its end",
+            "Time of an episode, from asking for its first reply to its end",
             ["environment"],
             buckets=SECONDS_BUCKETS,
             registry=registry,

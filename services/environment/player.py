@@ -2,7 +2,8 @@
 
 The first prompt is the same for all episodes of a group, so one request gives all first replies and the samplers
 prefill it once. From then on an episode waits only for itself. An episode that fails, or is not done within
-`episode_timeout_s` of its first reply, is the only one to fail; a `TemporaryError` ends the group, to be played again.
+`episode_timeout_s` of its first reply, is the only one to fail; a `TemporaryError` ends the group, to be played again,
+and so does the end of its job, for good.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from shared.contracts.arrays import Int32s
 from shared.contracts.episodes import Episode, Message, PlayGroup, Task, Turn
 from shared.contracts.sampling import SampledSequence
 from shared.errors import MeshError, PermanentError, UserError, failure_of
+from shared.finished import FinishedJobs
 from shared.text import Text
 
 T = TypeVar("T")
@@ -67,6 +69,8 @@ class Record:
 
     number: int
     play: Play
+    started: float
+    """When its first reply was asked for, by the monotonic clock."""
     turns: list[Turn] = field(default_factory=list)
     reply: str = ""
     reward: float | None = None
@@ -79,23 +83,24 @@ class Record:
 class Player:
     """Plays groups."""
 
-    def __init__(self, pool: Pool, calls: Calls, metrics: EnvironmentMetrics) -> None:
+    def __init__(self, pool: Pool, calls: Calls, finished: FinishedJobs, metrics: EnvironmentMetrics) -> None:
         self._pool = pool
+        self._finished = finished
         self._calls = calls
         self._metrics = metrics
 
     async def play(self, table: Table) -> list[Episode]:
-        """All episodes of a group, in order. Raise an error of the mesh if none could begin."""
+        """All episodes of a group, in order. Raise an error of the mesh if none could begin, or the job has ended."""
+        started = time.monotonic()
         prompt = table.render(table.opening)
         seed = policy.request_seed(table.group, None, 0)
         firsts = await self._pool.sample(table.group, prompt, seed=seed, count=table.group.size)
         return await gathered(
-            self._episode(table, Record(number, Play(task=table.task, messages=table.opening)), prompt, first)
+            self._episode(table, Record(number, Play(task=table.task, messages=table.opening), started), prompt, first)
             for number, first in enumerate(firsts)
         )
 
     async def _episode(self, table: Table, record: Record, prompt: list[int], first: SampledSequence) -> Episode:
-        started = time.monotonic()
         try:
             error = await self._attempt(table, record, prompt, first)
         finally:
@@ -103,7 +108,7 @@ class Player:
         outcome = "played" if error is None else "timed_out" if record.timed_out else "failed"
         self._metrics.episodes.labels(table.name, outcome).inc()
         self._metrics.turns.labels(table.name).observe(len(record.turns))
-        self._metrics.seconds.labels(table.name).observe(time.monotonic() - started)
+        self._metrics.seconds.labels(table.name).observe(time.monotonic() - record.started)
         return Episode(
             turns=record.turns,
             messages=list(record.play.messages),
@@ -136,6 +141,7 @@ class Player:
             record.play.messages = policy.answered(before, reply)
             if await self._step(table, record, reply):
                 return
+            self._finished.check(table.group.job)
             prompt = following(table, prompt, sequence, before, record.play.messages)
             record.play.turn += 1
             record.where = f"waiting for the samplers in turn {record.play.turn}"

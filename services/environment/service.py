@@ -7,6 +7,7 @@
 | episode | replies to its own prompts        | the environment's step; the next reply | a thread; the samplers     |
 | checks  | `CheckEnvironment`                | making the environment; its first task | a thread; its time limit   |
 | maker   | first use of a model, environment | loading it, in a thread                | the thread; its time limit |
+| jobs    | phases in the bucket `jobs`       | nothing                                | any job's change           |
 
 Produces `ScoreGroup` for the reward service, or at once a `GroupScored` with the failure of a group, and answers to
 checks. Keeps nothing
@@ -30,6 +31,7 @@ from shared import topology
 from shared.contracts.checks import CheckEnvironment
 from shared.contracts.episodes import PlayGroup
 from shared.errors import UserError
+from shared.finished import FinishedJobs
 from shared.node import Node
 from shared.worker import Worker
 
@@ -68,14 +70,17 @@ class EnvironmentService:
         self._offers = [f"environment:{name}" for name in registry.names]
         node = self._node
         tables = Tables(registry, self._calls, self._config.models, node.tasks)
-        player = Player(BusPool(node.bus, self._config.sample_timeout_s), self._calls, self._metrics)
-        handler = GroupHandler(node.bus, tables, player, self._metrics)
+        finished = FinishedJobs(node.bus)
+        await finished.start(node.tasks)
+        player = Player(BusPool(node.bus, self._config.sample_timeout_s), self._calls, finished, self._metrics)
+        handler = GroupHandler(node.bus, tables, player, finished, self._metrics)
         self._worker = Worker(
             node.bus,
             topology.GROUP_PLAYERS,
             handler.handle,
             concurrency=self._config.concurrency,
             metrics=node.worker_metrics,
+            on_too_often=handler.too_often,
         )
         self._checker = Worker(
             node.bus,

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from shared.contracts.jobs import JobRecord
+from shared.contracts.jobs import Evaluation, JobRecord
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -38,6 +38,11 @@ def shortened(text: str, width: int | None) -> str:
     return line if width is None or len(line) <= width else f"{line[: width - 1].rstrip()}…"
 
 
+def accuracy_text(evaluation: Evaluation) -> str:
+    """An accuracy, if there is one."""
+    return "not measured" if evaluation.accuracy is None else f"{evaluation.accuracy:.3f}"
+
+
 def job_summary(record: JobRecord) -> dict[str, Any]:
     """A job in a few fields, as `jobs --json` and `status --json` give it."""
     accuracies = [evaluation.accuracy for evaluation in record.evaluations]
@@ -60,7 +65,7 @@ def jobs_table(records: Sequence[JobRecord]) -> str:
     """Jobs, a row each."""
     rows = []
     for record in records:
-        accuracies = [f"{evaluation.accuracy:.3f}" for evaluation in record.evaluations]
+        accuracies = [accuracy_text(evaluation) for evaluation in record.evaluations]
         accuracy = " -> ".join([accuracies[0], accuracies[-1]] if len(accuracies) > 1 else accuracies)
         steps = f"{record.step}/{record.spec.algorithm.steps}"
         rows.append((record.job, record.phase, steps, accuracy, record.spec.base_model, record.reason))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from services.local.printing import accuracy_text
 from shared.contracts.jobs import (
     FINISHED,
     Evaluation,
@@ -111,7 +112,7 @@ def evaluation_line(evaluation: Evaluation, measured: str = "accuracy") -> str:
     """An evaluation in one line."""
     failed = f", {evaluation.failed} failed" if evaluation.failed else ""
     when = f"after step {evaluation.step}" if evaluation.step else "before training"
-    return f"held-out {measured} {when}: {evaluation.accuracy:.3f} ({evaluation.tasks} tasks{failed})"
+    return f"held-out {measured} {when}: {accuracy_text(evaluation)} ({evaluation.tasks} tasks{failed})"
 
 
 def phase_text(phase: JobPhase, reason: str) -> str:

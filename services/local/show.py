@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from services.local.printing import accuracy_text
 from services.local.progress import JobView, activity_line, phase_text
 from services.local.watch import Event
 
@@ -87,7 +88,7 @@ def picture(view: JobView) -> Group:
     )
     parts: list[Text | Table] = [heading]
     if view.evaluations:
-        accuracies = "  ".join(f"{step}: {item.accuracy:.3f}" for step, item in sorted(view.evaluations.items()))
+        accuracies = "  ".join(f"{step}: {accuracy_text(item)}" for step, item in sorted(view.evaluations.items()))
         parts.append(Text(f"held-out {view.measure} by step  {accuracies}"))
     if view.reports:
         parts.append(_steps(view))
@@ -106,7 +107,7 @@ def _steps(view: JobView) -> Table:
         table.add_row(
             str(step),
             f"{report.reward:.3f}",
-            f"{accuracy.accuracy:.3f}" if accuracy else "",
+            accuracy_text(accuracy) if accuracy else "",
             f"{report.tokens_per_second:.0f}",
             f"{report.staleness:.1f}",
             str(report.trained_groups),

@@ -16,16 +16,19 @@ from services.reward.processes import Processes
 from services.reward.protocol import Prepare, Refused, Score, Scored
 from shared import topology
 from shared.bus import Bus, Delivery
+from shared.chances import TooOften
 from shared.contracts.base import Failure
 from shared.contracts.episodes import Episode, GroupScored, RewardSpec, Rollout, ScoreGroup
 from shared.errors import PermanentError, TemporaryError, UserError, failure_of
+from shared.finished import FinishedJobs, JobEnded
 
 
 class ScoreHandler:
     """Scores groups and publishes them."""
 
-    def __init__(self, bus: Bus, processes: Processes, metrics: RewardMetrics) -> None:
+    def __init__(self, bus: Bus, processes: Processes, finished: FinishedJobs, metrics: RewardMetrics) -> None:
         self._bus = bus
+        self._finished = finished
         self._processes = processes
         self._metrics = metrics
 
@@ -35,6 +38,8 @@ class ScoreHandler:
         with self._metrics.running.track_inprogress():
             try:
                 await self._publish(group, await self._rollouts(group))
+            except JobEnded:
+                self._metrics.groups.labels("dropped").inc()
             except PermanentError as error:
                 await self._publish(group, [], failure_of(error))
             except (Exception, asyncio.CancelledError) as error:
@@ -43,7 +48,12 @@ class ScoreHandler:
                     await self._publish(group, [], last_words(error))
                 raise
 
+    async def too_often(self, delivery: Delivery[ScoreGroup], error: TooOften) -> None:
+        """Tell of a group that is not tried again."""
+        await self._publish(delivery.message, [], failure_of(error))
+
     async def _rollouts(self, group: ScoreGroup) -> list[Rollout]:
+        self._finished.check(group.job)
         await self._prepare(group.reward)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -87,6 +97,7 @@ class ScoreHandler:
         spec, where = group.reward, f"episode {number}"
         question = Score(reward=spec.name, params=spec.params, episode=policy.played(group, episode))
         async with self._processes.lease() as process:
+            self._finished.check(group.job)
             started = time.monotonic()
             try:
                 async with asyncio.timeout(spec.timeout_s):

@@ -13,7 +13,7 @@ class RewardMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.groups = Counter(
             "openrl_reward_groups_total",
-            "Groups by what became of them (scored, failed)",
+            "Groups by what became of them (scored, failed, dropped since their job had ended)",
             ["outcome"],
             registry=registry,
         )

@@ -6,6 +6,7 @@
 | group   | one `ScoreGroup`            | a free one of `processes`          | the end of a score; its `timeout_s` |
 | checks  | `CheckReward`               | a free one of `processes`          | the end of the check; 15 s          |
 | process | one episode                 | the reward's own code              | its return; its end by the service  |
+| jobs    | phases in the bucket `jobs` | nothing                            | any job's change                    |
 
 Produces `GroupScored`, and answers to checks. Keeps nothing between groups.
 """
@@ -22,6 +23,7 @@ from services.reward.handlers import ScoreHandler
 from services.reward.metrics import RewardMetrics
 from services.reward.processes import Processes
 from shared import topology
+from shared.finished import FinishedJobs
 from shared.node import Node
 from shared.worker import Worker
 
@@ -37,12 +39,15 @@ class RewardService:
         self._node = node
         metrics = RewardMetrics(node.telemetry.registry)
         self._processes = Processes(config.processes, config.plugins, config.memory_mib, metrics.ended)
+        self._finished = FinishedJobs(node.bus)
+        handler = ScoreHandler(node.bus, self._processes, self._finished, metrics)
         self._worker = Worker(
             node.bus,
             topology.GROUP_SCORERS,
-            ScoreHandler(node.bus, self._processes, metrics).handle,
+            handler.handle,
             concurrency=config.concurrency,
             metrics=node.worker_metrics,
+            on_too_often=handler.too_often,
         )
         self._checker = Worker(
             node.bus,
@@ -69,6 +74,7 @@ class RewardService:
         for name, reason in hello.broken.items():
             log.error("reward %s cannot be used: %s", name, reason)
         self._offers = [f"reward:{name}" for name in hello.names]
+        await self._finished.start(self._node.tasks)
         self._node.tasks.start("groups", self._worker.run())
         self._node.tasks.start("checks", self._checker.run())
 

@@ -56,7 +56,7 @@ class Policies:
         room = len(self._engine.policies) < self._engine.capacity
         if room or victim(self._last_used, self._in_use()) is not None:
             async with self.using(record.policy):
-                log.info("policy %s is ready", record.policy)
+                log.info("policy %s is ready", record.policy, extra={"run": record.policy.run, "policy": record.policy})
 
     def _in_use(self) -> set[PolicyRef]:
         return {policy for policy, users in self._users.items() if users}

@@ -88,7 +88,12 @@ class SamplerService:
                 await self._policies.prefetch(record)
             except MeshError as error:
                 # Only a head start: whoever asks for it is told what is wrong.
-                log.warning("policy %s could not be loaded ahead: %s", record.policy, error)
+                log.warning(
+                    "policy %s could not be loaded ahead: %s",
+                    record.policy,
+                    error,
+                    extra={"run": record.policy.run, "policy": record.policy},
+                )
 
 
 class _ModelConfig(msgspec.Struct):

@@ -40,5 +40,5 @@ class Answers:
                 await self._node.bus.answer(result, json=json)
                 return
             except TemporaryError as error:
-                log.warning("answer %s waits: %s", result.request_id, error)
+                log.warning("answer %s waits: %s", result.request_id, error, extra={"request": result.request_id})
                 await asyncio.sleep(error.delay)

@@ -68,7 +68,7 @@ class Logs:
             full = len(held.backlog.waiting) >= self._most_waiting(held)
             if held.broken is None and (full or now - held.stuck[1] > self._config.missing_seconds):
                 held.broken = _missing(held, now)
-                log.error("%s", held.broken)
+                log.error("%s", held.broken, extra={"run": held.name})
             if held.broken is not None:
                 held.backlog.skip_missing()  # so that what waits is answered
                 self.work.set()
@@ -91,7 +91,9 @@ class Logs:
     def _pass_over(self, held: HeldRun, raw: Stored, error: PermanentError) -> None:
         """A message that cannot be read uses up its seq, as any failed operation does."""
         seq = seq_of(held.name, raw.msg_id, raw.body, raw.headers)
-        log.error("run %s: the message of operation %s cannot be read: %s", held.name, seq, error)
+        log.error(
+            "run %s: the message of operation %s cannot be read: %s", held.name, seq, error, extra={"run": held.name}
+        )
         if seq is None:
             held.backlog.pass_over(raw.seq)
         else:

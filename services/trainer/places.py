@@ -67,7 +67,7 @@ class Places:
                     break  # these first, the others after them
                 _try_later(held, TemporaryError(str(error), delay=NO_ROOM_SECONDS))
             except PermanentError as error:
-                log.error("run %s cannot be brought back: %s", held.name, error)
+                log.error("run %s cannot be brought back: %s", held.name, error, extra={"run": held.name})
                 held.broken = error
             except TemporaryError as error:
                 _try_later(held, error)
@@ -182,4 +182,4 @@ def _gone(held: HeldRun) -> TemporaryError:
 
 def _try_later(held: HeldRun, error: TemporaryError) -> None:
     held.not_before = time.monotonic() + error.delay
-    log.warning("run %s waits: %s", held.name, error)
+    log.warning("run %s waits: %s", held.name, error, extra={"run": held.name})

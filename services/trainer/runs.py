@@ -106,7 +106,7 @@ class Runs:
                 try:
                     await self._claim(name)
                 except MeshError as error:
-                    log.warning("run %s could not be claimed: %s", name, error)
+                    log.warning("run %s could not be claimed: %s", name, error, extra={"run": name})
 
     async def _claim(self, name: str) -> None:
         if not await self._leases.claim(("run", name)):
@@ -118,7 +118,7 @@ class Runs:
             return
         held = _unloaded(entry.value, entry.revision)
         self.held[name] = held
-        log.info("run %s is ours, from operation %d", name, held.backlog.next_seq)
+        log.info("run %s is ours, from operation %d", name, held.backlog.next_seq, extra={"run": name})
         held.reader = self._node.tasks.start(f"log of {name}", self._logs.read(held))
 
     def _lost(self, key: Key) -> None:

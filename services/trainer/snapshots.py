@@ -78,7 +78,7 @@ class Snapshots:
             # The log still has everything since the snapshot before: recovery is only slower.
             self._metrics.snapshots.labels("failed").inc()
             held.snapshot_at = time.monotonic()
-            log.warning("snapshot of run %s could not be written: %s", name, error)
+            log.warning("snapshot of run %s could not be written: %s", name, error, extra={"run": name})
         return held.record.snapshot is not None and held.done_since_snapshot == 0
 
     async def read(self, held: HeldRun) -> bytes:

@@ -12,6 +12,8 @@ from shared.contracts.policies import PolicyRef
 from shared.contracts.sampling import SamplingParams, StopReason
 
 Split = Literal["train", "held_out"]
+LONGEST_SECONDS = 7 * 86_400.0
+"""That an episode, or a score, may be given: as long as messages are kept."""
 
 
 class EnvironmentSpec(Strict):
@@ -19,7 +21,7 @@ class EnvironmentSpec(Strict):
 
     name: Name
     params: dict[str, Any] = {}
-    episode_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 300.0
+    episode_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=LONGEST_SECONDS)] = 300.0
     """An episode that takes longer fails alone."""
 
 
@@ -28,7 +30,7 @@ class RewardSpec(Strict):
 
     name: Name
     params: dict[str, Any] = {}
-    timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 30.0
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=LONGEST_SECONDS)] = 30.0
     """For scoring one episode."""
 
 

@@ -9,57 +9,59 @@ import msgspec
 from shared.contracts.base import Contract, Name, Strict
 from shared.contracts.episodes import EnvironmentSpec, GroupKey, RewardSpec
 from shared.contracts.policies import LoraSpec, PolicyRef
-from shared.contracts.sampling import SamplingParams
+from shared.contracts.sampling import MOST_TOKENS, SamplingParams
 
 PolicyLoss = Literal["importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-NotNegative = Annotated[int, msgspec.Meta(ge=0)]
+MOST_STEPS = 1_000_000
+Steps = Annotated[int, msgspec.Meta(ge=0, le=MOST_STEPS)]
+GROUP_LIMIT = 4096
+"""Of groups in a step, and of episodes in a group. What both may be together, `services.coordinator.limits` says."""
 
 
 class AlgorithmSpec(Strict):
     """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300)."""
 
-    steps: Positive = 40
-    group_size: Annotated[int, msgspec.Meta(ge=2)] = 8
+    steps: Annotated[int, msgspec.Meta(ge=1, le=MOST_STEPS)] = 40
+    group_size: Annotated[int, msgspec.Meta(ge=2, le=GROUP_LIMIT)] = 8
     """Episodes of one task; their rewards are compared with each other."""
-    groups_per_step: Positive = 16
+    groups_per_step: Annotated[int, msgspec.Meta(ge=1, le=GROUP_LIMIT)] = 16
     loss: PolicyLoss = "importance_sampling"
     loss_params: dict[str, float] = {}
     """For instance `clip_low` and `clip_high` of `ppo`; docs/losses.md has all."""
-    learning_rate: Annotated[float, msgspec.Meta(gt=0)] = 4e-4
+    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=10)] = 4e-4
     normalize_by_deviation: bool = False
     """Divide advantages by the group's standard deviation, as the first GRPO did (Liu et al. 2025, arXiv:2503.20783,
     argue against it)."""
-    kl_coeff: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    kl_coeff: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 0.0
     """Penalty on the log-ratio to the base model, taken off the advantages. Costs one more pass of the base model."""
-    max_staleness: NotNegative = 1
+    max_staleness: Annotated[int, msgspec.Meta(ge=0, le=64)] = 1
     """Optimizer steps that may lie between the policy that sampled a group and the weights it trains. 0: strictly
     on policy and, on one machine, reproducible; 1: sampling and training overlap."""
     beta1: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, msgspec.Meta(gt=0)] = 1e-12
-    weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    grad_clip_norm: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    eps: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1e-12
+    weight_decay: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.0
+    grad_clip_norm: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
 
 
 class EvaluationSpec(Strict):
     """Held-out tasks, never trained on, answered before, during and after training."""
 
-    tasks: NotNegative = 64
+    tasks: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 64
     """0: no evaluation."""
-    every: NotNegative = 10
+    every: Steps = 10
     """In steps. 0: only before and after."""
     reward: RewardSpec | None = None
     """What counts. None: the job's own reward."""
-    max_tokens: Positive | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=MOST_TOKENS)] | None = None
     """None: as in training."""
-    temperature: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0
 
 
 class CheckpointSpec(Strict):
     """Named checkpoints of weights and optimizer. Recovery does not need them: it has snapshots of its own."""
 
-    every: NotNegative = 0
+    every: Steps = 0
     """In steps. 0: only at the end."""
 
 
@@ -76,7 +78,7 @@ class JobSpec(Strict):
     evaluation: EvaluationSpec = EvaluationSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     seed: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
-    priority: int = 0
+    priority: Annotated[int, msgspec.Meta(ge=-1000, le=1000)] = 0
     """Higher goes first where jobs wait for a place at the coordinator."""
     reproducible: bool | None = None
     """Sample every group in a batch of its own, so that two runs with the same seed give the same numbers on the same
@@ -154,8 +156,8 @@ class Evaluation(Contract):
     """The outcome of one evaluation."""
 
     step: int
-    accuracy: float
-    """Mean reward over the held-out tasks."""
+    accuracy: float | None
+    """Mean reward over the held-out tasks that were scored. None: none was, so nothing has been measured."""
     tasks: int
     failed: int = 0
 
@@ -201,7 +203,7 @@ class JobRecord(Contract):
     next_group: int = 0
     """Index of the next training group to ask for."""
     outstanding: list[GroupKey] = []
-    """Training groups that were asked for and not yet used."""
+    """What `asked` holds now, as earlier versions wrote it."""
     updates: int = 0
     """Optimizer updates: steps in which there was something to learn. Also the version of the newest policy."""
     policy: PolicyRef | None = None
@@ -218,6 +220,18 @@ class JobRecord(Contract):
     """Seconds since 1970."""
     finished: float | None = None
     last: StepReport | None = None
+    step_began: float = 0.0
+    """When the present step began, in seconds since 1970, plus what the job has been paused since. 0: it has not."""
+    paused: float | None = None
+    """Since when it is paused, in seconds since 1970."""
+    asked: list[tuple[int, int]] = []
+    """Training groups that were asked for and not yet used, by index: the first and the last of each unbroken row."""
+
+
+class JobStanding(Contract):
+    """The part of a `JobRecord` that says whether the job goes on."""
+
+    phase: JobPhase = "queued"
 
 
 class JobProgressed(Contract):

@@ -16,7 +16,7 @@ class LoraSpec(Strict):
     """Shape of a low-rank adapter (Hu et al. 2021, arXiv:2106.09685): W + alpha / rank * B @ A."""
 
     rank: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)] = 16
-    alpha: Annotated[float, msgspec.Meta(gt=0)] = 32.0
+    alpha: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 32.0
     """Fixed at 32 for any rank by "LoRA Without Regret" (Schulman et al. 2025), so that the best learning rate hardly
     depends on the rank."""
     seed: int | None = None

@@ -19,6 +19,15 @@ class RequestFailed(Contract, tag_field="kind", tag="failed"):
 Result = OperationResult | SampleResult | JobAnswer | CheckAnswer | RequestFailed
 
 
+class DeliveryMark(Contract):
+    """What is known of the deliveries of a message that was given out more than once."""
+
+    delivery: int
+    """The one that wrote this."""
+    vanished: int
+    """How many, this one included while it is in work, ended without a word."""
+
+
 class DeadLetter(Contract):
     """A message that could not be handled, kept with its reason."""
 

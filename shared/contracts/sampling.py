@@ -11,14 +11,16 @@ from shared.contracts.base import Contract, Strict
 from shared.contracts.policies import PolicyRef
 
 StopReason = Literal["stop", "length"]
+MOST_TOKENS = 1_000_000
+"""In one sample; the model's context allows less."""
 
 
 class SamplingParams(Strict):
     """How to draw tokens."""
 
-    max_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=0, le=MOST_TOKENS)] | None = None
     """New tokens at most. None: up to the model's context. 0: only score the prompt."""
-    temperature: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 1.0
     """0 takes the likeliest token."""
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     top_k: Annotated[int, msgspec.Meta(ge=-1)] = -1

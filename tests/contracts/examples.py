@@ -42,7 +42,7 @@ from shared.contracts.jobs import (
 )
 from shared.contracts.policies import LoraSpec, PolicyPublished, PolicyRecord, PolicyRef
 from shared.contracts.replicas import ReplicaRecord
-from shared.contracts.results import DeadLetter, RequestFailed
+from shared.contracts.results import DeadLetter, DeliveryMark, RequestFailed
 from shared.contracts.sampling import SampledSequence, SampleRequest, SampleResult, SamplingParams
 from shared.contracts.training import (
     AdamParams,
@@ -240,6 +240,13 @@ MESSAGES: dict[str, tuple[topology.Channel[Any], Any]] = {
         topology.JOB_PROGRESS,
         JobProgressed(job="first-1", step=3, steps=10, report=REPORT, evaluation=EVALUATION),
     ),
+    "job_progressed_unmeasured": (
+        topology.JOB_PROGRESS,
+        JobProgressed(
+            job="first-1", step=3, steps=10, report=REPORT,
+            evaluation=Evaluation(step=10, accuracy=None, tasks=64, failed=64),
+        ),
+    ),
     "job_changed": (
         topology.JOB_PHASES,
         JobChanged(job="first-1", phase="failed", reason="why", evaluations=[EVALUATION], policy=POLICY),
@@ -270,7 +277,13 @@ RECORDS: dict[str, tuple[topology.Bucket[Any], Any]] = {
         ),
     ),
     "submission": (topology.SUBMISSIONS, Submission(job="first-1", seq=1)),
+    "job_asked": (topology.JOB_RECORDS, JobRecord(job="first-1", spec=SPEC, next_group=9, asked=[(0, 2), (5, 8)])),
+    "job_paused": (
+        topology.JOB_RECORDS,
+        JobRecord(job="first-1", spec=SPEC, phase="paused", wanted="pause", step_began=99.5, paused=100.5),
+    ),
     "policy": (topology.POLICIES, RECORD),
+    "delivery": (topology.DELIVERIES, DeliveryMark(delivery=3, vanished=2)),
     "lease": (topology.LEASES, Lease(holder="trainer-1")),
     "replica": (
         topology.REPLICAS,

@@ -14,6 +14,7 @@ from services.local.nats_server import NatsServer
 from shared import topology
 from shared.bus import Bus
 from shared.contracts.episodes import EnvironmentSpec, Episode, GroupKey, PlayGroup, RewardSpec, ScoreGroup
+from shared.contracts.jobs import JobPhase, JobRecord, JobSpec
 from shared.contracts.policies import PolicyRef
 from shared.contracts.sampling import SamplingParams
 from shared.node import Node, Service
@@ -82,6 +83,20 @@ async def failed(bus: Bus, play: PlayGroup) -> str:
     assert not scored.rollouts
     assert scored.failure
     return f"{scored.failure.kind}: {scored.failure.message}"
+
+
+async def end_job(bus: Bus, phase: JobPhase, job: str = "job") -> None:
+    """Write down that a job has come to this phase."""
+    environment, reward = EnvironmentSpec(name="capitals"), RewardSpec(name="numeric")
+    spec = JobSpec(name="job", base_model="tiny", environment=environment, reward=reward)
+    await bus.table(topology.JOB_RECORDS).put(job, JobRecord(job=job, spec=spec, phase=phase))
+
+
+async def counted(node: Node, metric: str, count: float = 1, **labels: str) -> None:
+    """Wait until a metric has this value."""
+    async with asyncio.timeout(20):
+        while node.telemetry.registry.get_sample_value(metric, labels) != count:
+            await asyncio.sleep(0.01)
 
 
 def failures(episodes: list[Episode]) -> list[str | None]:

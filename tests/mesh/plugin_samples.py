@@ -12,6 +12,10 @@ from shared.errors import TemporaryError
 
 released = threading.Event()
 """Lets calls that hang come back; set at the end of a test."""
+steps_wait = threading.Event()
+"""Lets steps that wait go on."""
+waiting: list[str] = []
+"""Replies whose steps have begun to wait."""
 closed: list[object] = []
 """States of the episodes that were closed."""
 tries: list[int] = []
@@ -45,6 +49,10 @@ class Moody(Environment[EnvironmentParams]):
         play.state = [*(play.state or []), reply]
         if reply == "hang":
             released.wait()
+        if reply == "wait and go on":
+            waiting.append(reply)
+            steps_wait.wait()
+            return Step(done=False, messages=[Message(role="user", content="And?")])
         if reply == "raise":
             raise LookupError("no such mood")
         if reply == "lie":

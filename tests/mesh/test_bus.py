@@ -254,3 +254,36 @@ async def test_connecting_to_nothing_says_what_to_do(tmp_path: Path, monkeypatch
     monkeypatch.setattr("shared.bus.CONNECT_PATIENCE", 0.3)
     with pytest.raises(UserError, match="no nats-server answers at nats://127.0.0.1:1"):
         await Bus.connect("nats://127.0.0.1:1", BlobStore(str(tmp_path)), name="test")
+
+
+async def test_a_value_over_the_limit_of_the_bus_is_refused_with_its_size(bus: Bus) -> None:
+    table = bus.table(topology.LEASES)
+    with pytest.raises(PermanentError, match=r"a message of \d+ bytes for \S+ is over the 1048576 bytes"):
+        await table.create("big", Lease(holder="x" * (1 << 20)))
+    # Only with its headers it is too long, at which the server would close the connection.
+    spare = len('{"holder":""}')
+    with pytest.raises(PermanentError, match="over the 1048576 bytes"):
+        await table.put("big", Lease(holder="x" * ((1 << 20) - spare)))
+    with pytest.raises(PermanentError, match="over the 1048576 bytes"):
+        await bus.publish(topology.JOB_PHASES, JobChanged(job="j", phase="queued"), msg_id="x" * (1 << 20), job="j")
+    revision = await table.create("big", Lease(holder="fits"))
+    assert revision is not None
+    largest = (1 << 20) - spare - len(f"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: {revision}\r\n\r\n")
+    assert await table.update("big", Lease(holder="x" * largest), revision) is not None
+
+
+async def test_an_entry_that_cannot_be_read_is_passed_over(bus: Bus, caplog: pytest.LogCaptureFixture) -> None:
+    table = bus.table(topology.LEASES)
+    await table.put("one", Lease(holder="a"))
+    await bus.stream_context.publish("$KV.leases.two", b'{"holder": 3}')
+    await table.put("three", Lease(holder="c"))
+    assert [entry.key for entry in await table.items()] == [("one",), ("three",)]
+    seen = []
+    async for change in table.changes():
+        seen.append(change.key[0])
+        if len(seen) == 2:
+            break
+    assert seen == ["one", "three"]
+    assert "the entry $KV.leases.two is passed over" in caplog.text
+    with pytest.raises(UserError, match="not a valid Lease"):
+        await table.get("two")

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
+import logging
 import re
 import threading
+import time
+import types
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from services.environment import checks
 from services.local.nats_server import NatsServer
-from shared import topology
+from shared import observe, topology
 from shared.bus import Bus
 from shared.contracts.arrays import Int32s
 from shared.contracts.checks import CheckAnswer, CheckEnvironment
 from shared.contracts.episodes import RewardSpec, Task
+from shared.contracts.jobs import JobPhase
 from shared.errors import PermanentError, StorageFull
 from shared.node import Node, Service
 from shared.text import chat_tokenizer
@@ -26,7 +32,20 @@ from shared.topology import Channel
 from tests.engines.tiny import save_tokenizer
 from tests.mesh import plugin_samples
 from tests.mesh.fake_sampler import IM_END, FakeSampler, reference, text_of
-from tests.mesh.playing import POLICY, failed, failures, group, messages, played, publish, service, stuck
+from tests.mesh.harness import eventually
+from tests.mesh.playing import (
+    POLICY,
+    counted,
+    end_job,
+    failed,
+    failures,
+    group,
+    messages,
+    played,
+    publish,
+    service,
+    stuck,
+)
 
 
 @pytest.fixture(scope="session")
@@ -46,8 +65,10 @@ def _hanging_calls_end_with_the_test() -> Iterator[None]:
     plugin_samples.released.clear()
     plugin_samples.closed.clear()
     plugin_samples.tries.clear()
+    plugin_samples.waiting.clear()
     yield
     plugin_samples.released.set()
+    plugin_samples.steps_wait.set()
 
 
 @pytest.fixture
@@ -336,7 +357,106 @@ async def test_a_full_bus_is_waited_for(bus: Bus, environments: Started, monkeyp
     assert next(refusals, None) is None
 
 
+# -- nobody waits any more -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", ["cancelled", "failed", "succeeded"])
+async def test_groups_of_a_job_that_has_ended_are_dropped_and_those_of_others_played(
+    bus: Bus, environments: Started, phase: JobPhase
+) -> None:
+    _, node = environments
+    await end_job(bus, "running")
+    await publish(bus, group("capitals", 0))
+    async with FakeSampler(bus, lambda *_: "yes") as sampler:
+        await messages(bus, topology.PLAYED)
+        await end_job(bus, phase)
+        await eventually(lambda: dropped(bus, node))
+        asked = len(sampler.requests)
+        await publish(bus, msgspec.structs.replace(group("capitals", 1), job="other"))
+        await messages(bus, topology.PLAYED, 2)
+        assert len(sampler.requests) == asked + 1
+    assert await bus.last_place(topology.DEAD_LETTERS) == 0
+
+
+async def dropped(bus: Bus, node: Node, environment: str = "nowhere") -> bool | None:
+    """The service hears of the end a moment later, so groups are sent until one is dropped; others fail."""
+    await publish(bus, group(environment, 9, timeout_s=0.05))
+    found = node.telemetry.registry.get_sample_value("openrl_environment_groups_total", {"outcome": "dropped"})
+    return True if found else None
+
+
+async def test_a_service_that_starts_knows_which_jobs_have_ended(
+    bus: Bus, nats_server: NatsServer, tmp_path: Path, tokenizer: str
+) -> None:
+    await end_job(bus, "cancelled")
+    for index in range(20):
+        await publish(bus, group("capitals", index))
+    async with service(nats_server, tmp_path, tokenizer) as (_, node), FakeSampler(bus, lambda *_: "yes") as sampler:
+        await counted(node, "openrl_environment_groups_total", 20, outcome="dropped")
+    assert sampler.requests == []
+
+
+async def test_a_job_that_ends_in_the_middle_of_an_episode_gets_no_further_turns(
+    bus: Bus, environments: Started
+) -> None:
+    _, node = environments
+    plugin_samples.steps_wait.clear()
+    async with FakeSampler(bus, lambda *_: "wait and go on") as sampler:
+        await publish(bus, group("moody"))
+        async with asyncio.timeout(20):
+            while len(plugin_samples.waiting) < 2:
+                await asyncio.sleep(0.01)
+        await end_job(bus, "cancelled")
+        # Of further groups it can be seen that the service has heard of it.
+        await eventually(lambda: dropped(bus, node, "slow_task"))
+        plugin_samples.steps_wait.set()
+        await counted(node, "openrl_environment_running_groups", 0)
+    assert len(plugin_samples.closed) == 2
+    assert len(sampler.requests) == 1
+    assert await bus.last_place(topology.PLAYED) == 0
+
+
 # -- again, and by the way -------------------------------------------------------------------------------------------
+
+
+async def test_a_line_about_a_failing_environment_says_which_group_it_was(
+    bus: Bus, environments: Started, caplog: pytest.LogCaptureFixture
+) -> None:
+    formatter = observe.JsonFormatter("environment", "environment-test")
+    lines: list[dict[str, Any]] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(json.loads(formatter.format(record)))
+
+    keep = Keep()
+    logging.getLogger("services.environment").addHandler(keep)
+    try:
+        async with FakeSampler(bus, lambda *_: "raise"):
+            await played(bus, group("moody", 3, size=1))
+    finally:
+        logging.getLogger("services.environment").removeHandler(keep)
+    (line,) = [line for line in lines if "failed in step()" in line["message"]]
+    assert (line["job"], line["group"]) == ("job", "train.3.0")
+
+
+async def test_the_time_of_an_episode_includes_its_first_reply(bus: Bus, environments: Started) -> None:
+    """The sampler answers only when the clock has gone on."""
+    _, node = environments
+    clock = time.monotonic
+
+    def script(*_: Any) -> str:
+        patch.setattr("services.environment.player.time", types.SimpleNamespace(monotonic=lambda: clock() + 1000))
+        return "yes"
+
+    with pytest.MonkeyPatch.context() as patch:
+        async with FakeSampler(bus, script):
+            await played(bus, group("capitals", size=1))
+    seconds = node.telemetry.registry.get_sample_value(
+        "openrl_environment_episode_seconds_sum", {"environment": "capitals"}
+    )
+    assert seconds is not None
+    assert seconds >= 1000
 
 
 async def test_a_group_that_is_played_twice_is_published_once(bus: Bus, environments: Started) -> None:

@@ -353,13 +353,19 @@ async def test_a_coordinator_that_comes_back_goes_on_where_it_was(place: Place, 
                     return True if entry and entry.value.step >= 2 else None
 
                 await eventually(some_steps, 60)
+        entry = await jobs.get(answer.job)
+        assert entry is not None
+        earlier = msgspec.structs.replace(entry.value, step_began=entry.value.step_began - 1000)
+        await jobs.update(answer.job, earlier, entry.revision)
         async with place.coordinator(replica="coordinator-2"):
             record = await ended(bus, answer.job)
             table = await rows(bus, record.job)
     assert record.phase == "succeeded"
     assert [row["step"] for row in table] == list(range(1, 9)), "every step was told of, and once"
-    lines = map(json.loads, (place.directory / "jobs" / f"{record.job}.jsonl").read_text().splitlines())
+    lines = list(map(json.loads, (place.directory / "jobs" / f"{record.job}.jsonl").read_text().splitlines()))
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 9))
+    (long,) = [line for line in lines if line["kind"] == "step" and line["seconds"] >= 1000]
+    assert long["step"] == entry.value.step + 1, "the step that began before the restart"
 
 
 async def test_groups_with_equal_rewards_are_skipped_and_counted(place: Place, bus: Bus) -> None:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from services.local.nats_server import NatsServer
@@ -27,6 +28,7 @@ from shared.errors import StorageFull, TemporaryError, UserError
 from shared.node import Node, Service
 from shared.process import running
 from shared.topology import Channel
+from tests.mesh.playing import counted, end_job
 
 Started = tuple[Service, Node]
 POLICY = PolicyRef(run="run", version=3)
@@ -244,6 +246,30 @@ async def test_a_full_bus_is_waited_for(bus: Bus, rewards: Started, monkeypatch:
     monkeypatch.setattr(node.bus, "publish", publish_when_free)
     assert reasons(await scored(bus, group("numeric", episode("17")))) == [None]
     assert next(refusals, None) is None
+
+
+async def test_groups_of_a_job_that_has_ended_are_dropped(bus: Bus, nats_server: NatsServer, tmp_path: Path) -> None:
+    await end_job(bus, "failed")
+    for index in range(5):
+        await publish(bus, group("numeric", episode("17"), index=index))
+    await publish(bus, msgspec.structs.replace(group("numeric", episode("17")), job="other"))
+    async with running("reward", config(nats_server, tmp_path), build) as (_, node):
+        await counted(node, "openrl_reward_groups_total", 5, outcome="dropped")
+        await counted(node, "openrl_reward_groups_total", outcome="scored")
+    assert await bus.last_place(topology.SCORED, job="job") == 0
+
+
+async def test_what_is_left_of_a_group_is_not_scored_when_its_job_ends(
+    bus: Bus, nats_server: NatsServer, tmp_path: Path
+) -> None:
+    async with running("reward", config(nats_server, tmp_path, processes=1), build) as (_, node):
+        await publish(bus, group("obedient", episode("hang"), *[episode("fine")] * 3, timeout_s=2.0))
+        async with asyncio.timeout(20):
+            while not node.telemetry.registry.get_sample_value("openrl_reward_running_groups"):
+                await asyncio.sleep(0.01)
+        await end_job(bus, "cancelled")
+        await counted(node, "openrl_reward_groups_total", outcome="dropped")
+    assert await bus.last_place(topology.SCORED, job="job") == 0
 
 
 # -- again, and by the way -------------------------------------------------------------------------------------------

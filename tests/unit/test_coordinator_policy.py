@@ -8,10 +8,12 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 
 from services.coordinator import policy
 from services.coordinator.advantages import group_advantages, has_signal, training_data, training_loss
 from services.coordinator.evaluations import Evaluations
+from services.coordinator.metrics import CoordinatorMetrics
 from services.coordinator.operations import step_operations
 from services.coordinator.policy import Standing
 from shared.contracts.arrays import Float32s, Int32s
@@ -188,6 +190,33 @@ def test_an_evaluation_ends_with_its_last_answer_and_counts_failures_as_zero_ans
     outcome = evaluations.take(answers[2])
     assert outcome is not None
     assert (outcome.accuracy, outcome.tasks, outcome.failed) == (0.5, 3, 1)
+
+
+def test_an_evaluation_of_which_every_task_failed_measures_nothing() -> None:
+    evaluations = Evaluations(EvaluationSpec(tasks=1))
+    evaluations.begin(0)
+    key = GroupKey(split="held_out", index=0, round=0)
+    outcome = evaluations.take(GroupScored(job="j", group=key, failure=Failure(message="x")))
+    assert outcome is not None
+    assert (outcome.accuracy, outcome.tasks, outcome.failed) == (None, 1, 1)
+    registry = CollectorRegistry()
+    metrics = CoordinatorMetrics(registry)
+    name, labels = "openrl_job_held_out_accuracy", {"job": "j"}
+    metrics.evaluated("j", outcome)
+    assert registry.get_sample_value(name, labels) is None
+    metrics.evaluated("j", msgspec.structs.replace(outcome, accuracy=0.0))
+    assert registry.get_sample_value(name, labels) == 0.0
+    metrics.evaluated("j", outcome)
+    assert registry.get_sample_value(name, labels) is None
+
+
+def test_a_step_goes_on_after_a_restart_and_stands_still_in_a_pause() -> None:
+    record = JobRecord(job="job-1", run="job-1", spec=spec())
+    assert policy.step_began(record, 50.0) == 50.0
+    begun = msgspec.structs.replace(record, step_began=50.0)
+    assert policy.step_began(begun, 70.0) == 50.0
+    paused = msgspec.structs.replace(begun, paused=60.0)
+    assert policy.step_began(paused, 90.0) == 80.0
 
 
 def test_penalties_are_divided_like_the_advantages_that_they_weigh_against() -> None:

@@ -17,10 +17,11 @@ from services.local.config import Paths
 from services.local.demo import Demo, demo_spec, outcome
 from services.local.endings import finish
 from services.local.machine import check_port, readable, store_limit, streams_size
-from services.local.printing import duration, table
+from services.local.printing import duration, job_summary, jobs_table, table
 from services.local.processes import LONGEST_DELAY, describe_exit, restart_delay
 from services.local.progress import JobView, activity_line
-from shared.contracts.jobs import Evaluation, JobChanged, JobProgressed, StepReport
+from shared.contracts.episodes import EnvironmentSpec, RewardSpec
+from shared.contracts.jobs import Evaluation, JobChanged, JobProgressed, JobRecord, JobSpec, StepReport
 from shared.contracts.replicas import ReplicaRecord
 from shared.errors import UserError
 from shared.tasks import cancelled
@@ -58,6 +59,23 @@ def test_a_phase_is_told_when_it_changes_and_an_end_is_final() -> None:
     assert view.changed(JobChanged(job="j", phase="failed", reason="no reward")) == ["job j failed: no reward"]
     assert view.changed(JobChanged(job="j", phase="running")) == []
     assert view.finished
+
+
+def test_an_evaluation_without_a_score_is_shown_as_not_measured() -> None:
+    unmeasured = Evaluation(step=0, accuracy=None, tasks=8, failed=8)
+    view = JobView("j")
+    event = JobProgressed(job="j", step=0, steps=12, evaluation=unmeasured)
+    assert view.progressed(event) == ["held-out accuracy before training: not measured (8 tasks, 8 failed)"]
+    environment, reward = EnvironmentSpec(name="arithmetic"), RewardSpec(name="exact_match")
+    spec = JobSpec(name="j", base_model="m", environment=environment, reward=reward)
+    measured = Evaluation(step=40, accuracy=0.0, tasks=8)
+    record = JobRecord(job="j", spec=spec, evaluations=[unmeasured, measured])
+    assert "not measured -> 0.000" in jobs_table([record])
+    assert job_summary(record)["accuracy_first"] is None
+    assert view.recorded(record) == ["held-out accuracy after step 40: 0.000 (8 tasks)"]
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(show.picture(view))
+    assert "0: not measured  40: 0.000" in console.export_text()
 
 
 def test_the_live_table_shows_steps_accuracy_and_what_services_do() -> None:

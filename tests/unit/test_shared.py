@@ -161,6 +161,16 @@ async def test_stopping_cancels_tasks_and_waits_for_them() -> None:
     assert ended.is_set()
 
 
+def test_a_single_log_line_can_be_given_ids_of_its_own() -> None:
+    formatter = observe.JsonFormatter("sampler", "sampler-1")
+    policy = PolicyRef(run="job-1", version=3)
+    with observe.bound(run="another"):
+        line = logging.makeLogRecord({"msg": "it is ready", "run": "job-1", "policy": policy, "other": 1})
+        written = json.loads(formatter.format(line))
+    assert (written["run"], written["policy"]) == ("job-1", "job-1@3")
+    assert "other" not in written
+
+
 def test_log_lines_are_json_with_the_ids_of_the_work() -> None:
     formatter = observe.JsonFormatter("trainer", "trainer-1")
     record = logging.LogRecord("x", logging.INFO, "f", 1, "hello %s", ("you",), None)

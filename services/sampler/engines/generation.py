@@ -116,7 +116,7 @@ class Generation:
                 for job in jobs:
                     self._start([job])
             else:
-                self._close(jobs[0], _failure("computing the prompt", error))
+                self._close(jobs[0], _failure(jobs[0], "computing the prompt", error))
             return
         self._prompt_tokens += sum(len(job.request.prompt) for job in jobs)
         self._rows += rows
@@ -175,7 +175,7 @@ class Generation:
                     raise PermanentError(f"{row.job.model} gives logits that are not finite")
                 row.add(token, logprob)
             except Exception as error:
-                self._close(row.job, _failure("deciding whether a sample ends", error))
+                self._close(row.job, _failure(row.job, "deciding whether a sample ends", error))
             if row.ended and row.job.complete():
                 self._close(row.job, row.job.result())
         if any(row.ended or row.job.closed for row in rows):
@@ -197,7 +197,7 @@ class Generation:
 
     def _fail_running(self, error: Exception) -> None:
         for job in {id(row.job): row.job for row in self._rows}.values():
-            self._close(job, _failure("computing the next tokens", error))
+            self._close(job, _failure(job, "computing the next tokens", error))
         self._retire()
 
     def _close(self, job: Job, outcome: SampleResult | Exception) -> None:
@@ -206,11 +206,14 @@ class Generation:
             self._outbox.append((job, outcome))
 
 
-def _failure(doing: str, error: Exception) -> Exception:
+def _failure(job: Job, doing: str, error: Exception) -> Exception:
     """Put a failure into words for whoever asked, and into the log unless it is the request's own."""
     if isinstance(error, PermanentError):
         return error
-    log.error("%s failed", doing, exc_info=error)
+    # The engine's thread has no context: the line is given the ids of the request.
+    policy = job.request.policy
+    ids = {"run": policy.run, "policy": policy} if policy else {}
+    log.error("%s failed", doing, exc_info=error, extra={"request": job.request.request_id, **ids})
     if isinstance(error, torch.OutOfMemoryError):
         return TemporaryError(f"the sampler ran out of memory while {doing}: {str(error).splitlines()[0]}")
     failure = RuntimeError(f"the sampler failed while {doing}: {type(error).__name__}: {error}")
