@@ -17,13 +17,16 @@ from shared.worker import Worker, WorkerMetrics
 class FakePlayer:
     """Used with `async with`. `before` is called with each group; all that were played are kept in `played`.
 
-    Every episode has the reward 1, except that groups with an index in `failing` fail.
+    Every episode has the reward 1, except that groups with an index in `failing` fail. While `gate` is closed, the next
+    group waits.
     """
 
     def __init__(
         self, bus: Bus, before: Callable[[PlayGroup], None] = lambda _: None, failing: frozenset[int] = frozenset()
     ) -> None:
         self.played: list[PlayGroup] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
         self._bus = bus
         self._before = before
         self._failing = failing
@@ -42,6 +45,7 @@ class FakePlayer:
     async def _handle(self, delivery: Delivery[PlayGroup]) -> None:
         group = delivery.message
         self._before(group)
+        await self.gate.wait()
         self.played.append(group)
         fails = group.group.index in self._failing
         scored = GroupScored(
