@@ -117,7 +117,8 @@ class Bus:
         for waiting in self._waiting.values():
             waiting.cancel()
         if not self.client.is_closed:
-            await self.client.close()
+            with contextlib.suppress(NatsError, OSError):  # nobody is left to say it to
+                await self.client.close()
 
     # -- publishing ----------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from services.local.progress import JobView, measure
 from shared import topology
 from shared.bus import Bus
 from shared.contracts.jobs import JobChanged, JobProgressed
-from shared.errors import MeshError, PermanentError
+from shared.errors import MeshError, PermanentError, TemporaryError
 from shared.tasks import cancelled
 from shared.topology import Channel
 
@@ -101,7 +101,7 @@ class _Watcher:
             await self._wait_for_news()
         try:
             newest = {channel.name: await self._bus.last_place(channel, job=self._view.job) for channel in CHANNELS}
-        except TimeoutError:  # the bus is away for a moment
+        except TemporaryError:  # the bus is away for a moment
             return []
         while any(self._read_up_to[name] < place for name, place in newest.items()):
             if not await self._wait_for_news():
@@ -139,6 +139,6 @@ class _Watcher:
             for channel in CHANNELS:
                 if self._read_up_to[channel.name] < await self._bus.last_place(channel, job=self._view.job):
                     return False
-        except TimeoutError:
+        except TemporaryError:
             return False
         return True

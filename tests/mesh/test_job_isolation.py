@@ -22,6 +22,7 @@ from shared.errors import TemporaryError
 from shared.leases import Leases
 from shared.node import Node
 from shared.topology import Channel
+from tests.mesh.fake_checks import approving
 from tests.mesh.fake_player import FakePlayer
 from tests.mesh.harness import MODEL, Place, eventually
 from tests.mesh.test_jobs import job, submit
@@ -210,7 +211,7 @@ async def test_the_largest_job_is_cancelled_at_once_and_others_are_answered_mean
         algorithm={"steps": 10**6, "group_size": 16, "groups_per_step": 4096, "max_staleness": 3},
         evaluation={"tasks": 10_000, "every": 500},
     )
-    async with place.coordinator(group_window=100, evaluation_window=50):
+    async with approving(bus), place.coordinator(group_window=100, evaluation_window=50):
         await announce(bus)
         answer = await submit(bus, largest)
         assert answer.job is not None, answer.errors
