@@ -295,7 +295,7 @@ async def test_prompt_logprobs_equal_a_plain_forward_pass(start: Start, referenc
 async def test_prompt_logprobs_are_computed_in_chunks(
     start: Start, reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.sampler.engines.forward._LOGITS_AT_ONCE", 5 * VOCABULARY)
+    monkeypatch.setattr("services.sampler.engines.scoring.LOGITS_AT_ONCE", 5 * VOCABULARY)
     engine = await start()
     result = await engine.generate(ask(PROMPTS[2], prompt_logprobs=True, max_tokens=0))
     expected = logprobs_of(reference, PROMPTS[2][:1], PROMPTS[2][1:])
