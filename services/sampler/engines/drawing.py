@@ -20,6 +20,8 @@ from shared.contracts.sampling import EMPTY_LOGPROB, SamplingParams
 _BLOCK = 256
 _FIRST_CANDIDATES = 1024
 """Likeliest tokens looked at for top-p; 16 times as many if their mass is too small."""
+_ANY_VOCABULARY = 1 << 31
+"""No vocabulary has more tokens, and every tensor can hold the number."""
 _SMALLEST_TEMPERATURE = 1e-30
 """Smaller ones are no normal float32. Logits that differ by more than 1e-28 are told apart nevertheless."""
 
@@ -79,7 +81,7 @@ class Drawing:
             row for row, item in enumerate(params) if item.temperature > 0 and (item.top_k > 0 or item.top_p < 1)
         ]
         scales = [temperature_of(item) for item in params]
-        top_k = [max(params[row].top_k, 0) for row in filtered]
+        top_k = [min(max(params[row].top_k, 0), _ANY_VOCABULARY) for row in filtered]
         return cls(
             temperatures=torch.tensor(scales, device=device)[:, None] if any(s != 1 for s in scales) else None,
             greedy=torch.tensor(greedy, device=device) if greedy else None,

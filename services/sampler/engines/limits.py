@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -10,7 +11,6 @@ import torch
 
 from services.sampler.engines.batching import padded
 from services.sampler.engines.stops import stop_list
-from shared.contracts.arrays import Int32s
 from shared.contracts.policies import PolicyRef
 from shared.contracts.sampling import SampleRequest
 from shared.errors import UserError
@@ -59,7 +59,7 @@ class Limits:
             raise UserError("the prompt is empty: it needs at least one token")
         self._check_ids(request.prompt, "the prompt", least=0)
 
-    def _check_ids(self, ids: Int32s, where: str, *, least: int) -> None:
+    def _check_ids(self, ids: Sequence[int], where: str, *, least: int) -> None:
         last = self.vocabulary - 1
         for worst in (min(ids, default=least), max(ids, default=least)):
             if not least <= worst <= last:
@@ -90,9 +90,14 @@ class Limits:
         params = request.params
         if params.top_k == 0:
             raise UserError("top_k 0 leaves no token to choose: use -1 for all tokens")
-        stop = stop_list(params.stop)
+        if not (math.isfinite(params.temperature) and math.isfinite(params.top_p)):
+            raise UserError(f"temperature {params.temperature} and top_p {params.top_p}: both must be finite numbers")
+        self._check_stop(stop_list(params.stop))
+
+    def _check_stop(self, stop: Sequence[str | int]) -> None:
         if len(stop) > MAX_STOPS:
             raise UserError(f"{len(stop)} stops are more than the {MAX_STOPS} that are looked for: leave some out")
+        self._check_ids([item for item in stop if isinstance(item, int)], "stop", least=0)
         strings = [item for item in stop if isinstance(item, str)]
         if any(len(string) > MAX_STOP_LENGTH for string in strings):
             raise UserError(f"a stop string has more than {MAX_STOP_LENGTH} characters: shorten it")
@@ -108,7 +113,7 @@ class Limits:
                 f"target_logprobs has {len(targets)} ids: a prompt of {prompt} tokens needs {request.target_width} "
                 f"(target_width) for each token after the first, {(prompt - 1) * request.target_width} in all"
             )
-        self._check_ids(targets or Int32s(), "target_logprobs", least=-1)
+        self._check_ids(targets or (), "target_logprobs", least=-1)
         sampled = request.num_samples * self.new_tokens(request)
         cells = prompt * request.topk_prompt_logprobs + sampled * request.topk_sample_logprobs + len(targets or ())
         if cells > MAX_CELLS:
