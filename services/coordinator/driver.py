@@ -24,6 +24,7 @@ import msgspec
 from services.coordinator import policy
 from services.coordinator.advantages import has_signal, training_data, training_loss
 from services.coordinator.evaluations import Evaluations
+from services.coordinator.mismatch import logprob_mismatch
 from services.coordinator.operations import step_operations
 from services.coordinator.records import Records
 from services.coordinator.requests import held_out_group, training_group
@@ -334,6 +335,7 @@ class JobDriver:
         now = time.monotonic()
         seconds = now - self._step_began
         named = [pair for result in results if isinstance(result, OperationResult) for pair in result.metrics.items()]
+        named += logprob_mismatch(groups, results, record.updates).items()
         metrics = {name: value for name, value in named if math.isfinite(value)}  # JSON has no others
         return msgspec.structs.replace(
             row,
