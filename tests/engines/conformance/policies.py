@@ -141,6 +141,20 @@ class PolicyUse:
                 assert isinstance(outcome, SampleResult)
                 assert tokens(outcome) == tokens(alone)
 
+    async def test_a_prompt_whose_scores_overflow_is_an_error_and_not_nan(
+        self, start: StartAny, reference: Any
+    ) -> None:
+        engine, policy = await start(), PolicyRef(run="bad", version=0)
+        adapter, _ = policy_files(reference, 0)
+        for _, b in adapter.weights.values():
+            b.mul_(1e30)
+        await engine.load_policy(policy, to_peft(adapter, "tiny"))
+        asked = [ask(PROMPTS[2], policy=each, prompt_logprobs=True, max_tokens=0) for each in (policy, None)]
+        bad, good = await asyncio.gather(*map(engine.generate, asked), return_exceptions=True)
+        assert isinstance(bad, PermanentError)
+        assert "policy bad@0 gives logits that are not finite" in str(bad)
+        assert isinstance(good, SampleResult)
+
     async def test_logprobs_are_those_of_the_trainer(
         self, start: StartAny, sampler_model: Path, tolerance: float
     ) -> None:
