@@ -30,7 +30,7 @@ from shared.contracts.blobs import BlobRef
 from shared.contracts.results import DeadLetter, RequestFailed, Result
 from shared.errors import MeshError, PermanentError, StorageFull, TemporaryError, UserError, failure_of
 from shared.tables import AWAY, CLOSED, Stored, Table, check_size, stored
-from shared.topology import Bucket, Channel, Stream
+from shared.topology import Bucket, Channel, Kept, Stream
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -323,7 +323,9 @@ class Bus:
         """Publish a request and wait for its answer, for which it has a `request_id`.
 
         With an id of the caller's own making (not from `new_request`) the answer may have come before: it is found.
-        Raise `UserError` or `PermanentError` if the request was refused, `TemporaryError` after `timeout` seconds.
+        A request on a work queue is abandoned when the caller is cancelled or `timeout` is over; an operation of a log
+        is done all the same. Raise `UserError` or `PermanentError` if the request was refused, `TemporaryError` after
+        `timeout` seconds.
         """
         request = str(getattr(message, "request_id"))  # noqa: B009 - every request has one; T cannot say so
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
@@ -332,10 +334,27 @@ class Bus:
             async with self._listening(request), asyncio.timeout(timeout):
                 await self.publish(channel, message, msg_id=msg_id or request, json=None, **parts)
                 return checked(await self._answered(request, answer))
+        except asyncio.CancelledError:
+            await self._abandon(channel, request)
+            raise
         except TimeoutError:
+            await self._abandon(channel, request)
             raise TemporaryError(f"no answer to a request on {channel.name} in {timeout or 0:g} s") from None
         finally:
             self._waiting.pop(request, None)
+
+    async def hear_abandoned(self, heard: Callable[[str], None]) -> None:
+        """Call `heard` from now on with each request whose asker has given up."""
+
+        async def on_message(message: Msg) -> None:
+            heard(topology.abandoned_request(message.subject))
+
+        await self.client.subscribe(f"{topology.ABANDONED}.>", cb=on_message)
+
+    async def _abandon(self, channel: Channel[Any], request: str) -> None:
+        if channel.stream.kept is Kept.UNTIL_DONE:
+            with contextlib.suppress(NatsError):
+                await self.client.publish(topology.abandoned(request), b"")
 
     async def answer_of(self, request: str) -> Result | None:
         """The answer of a request, if it is there and not older than an hour."""

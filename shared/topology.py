@@ -157,6 +157,20 @@ CHANNELS: tuple[Channel[Any], ...] = (
 )  # fmt: skip
 
 
+ABANDONED = "rl.v1.abandoned"
+"""Below it, a request that its asker has given up. On no stream: who does not hear of it works in vain, no more."""
+
+
+def abandoned(request: str) -> str:
+    """The subject that says that nobody waits for a request any more."""
+    return f"{ABANDONED}.{_tokens('request', request)}"
+
+
+def abandoned_request(subject: str) -> str:
+    """The request that `abandoned` was given."""
+    return ".".join(untoken(part) for part in subject.removeprefix(f"{ABANDONED}.").split("."))
+
+
 @dataclass(frozen=True)
 class Consumer(Generic[T]):
     """A durable consumer that the replicas of a service share."""

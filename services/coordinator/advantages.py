@@ -44,6 +44,12 @@ def trained_episodes(groups: Sequence[GroupScored]) -> int:
     return sum(len(scored(group)) for group in groups if has_signal(group))
 
 
+def trained_turns(groups: Sequence[GroupScored]) -> list[tuple[GroupScored, Turn]]:
+    """The turns that `training_data` makes data of, in the same order."""
+    rollouts = [(group, rollout) for group in groups if has_signal(group) for rollout in scored(group)]
+    return [(group, turn) for group, rollout in rollouts for turn in rollout.turns if turn.tokens]
+
+
 def training_loss(groups: Sequence[GroupScored], algorithm: AlgorithmSpec) -> LossSpec:
     """The loss for `training_data`. Its penalties are divided as the advantages are, which they weigh against."""
     params = loss_params(algorithm.loss, algorithm.loss_params)

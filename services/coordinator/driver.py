@@ -27,6 +27,7 @@ from services.coordinator.advantages import has_signal, training_data, training_
 from services.coordinator.asking import Asking
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.evaluations import Evaluations
+from services.coordinator.mismatch import logprob_mismatch
 from services.coordinator.operations import step_operations
 from services.coordinator.records import Records
 from shared import topology
@@ -374,6 +375,7 @@ class JobDriver:
         # From the record, since whoever drove the job when the step began may be gone.
         seconds = max(0.0, time.time() - record.step_began)
         named = [pair for result in results if isinstance(result, OperationResult) for pair in result.metrics.items()]
+        named += logprob_mismatch(groups, results, record.updates).items()
         metrics = {name: value for name, value in named if math.isfinite(value)}  # JSON has no others
         return msgspec.structs.replace(
             row,

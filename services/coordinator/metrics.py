@@ -6,6 +6,7 @@ import contextlib
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.coordinator.mismatch import MISMATCH
 from shared.contracts.jobs import Evaluation, StepReport
 
 
@@ -22,6 +23,10 @@ class CoordinatorMetrics:
         self.reward = Gauge("openrl_job_reward", "Mean reward of the newest step", ["job"], registry=registry)
         self.accuracy = Gauge("openrl_job_held_out_accuracy", "Newest evaluation", ["job"], registry=registry)
         self.staleness = Gauge("openrl_job_staleness", "Mean staleness of the newest step", ["job"], registry=registry)
+        self.mismatch = Gauge(
+            "openrl_job_logprob_mismatch", "Mean |log p of the trainer - of the sampler|, same tokens, same weights",
+            ["job"], registry=registry,
+        )  # fmt: skip
         self.tokens = Counter("openrl_job_sampled_tokens_total", "Tokens in used groups", ["job"], registry=registry)
         self.groups = Counter("openrl_job_groups_total", "Groups by outcome", ["job", "outcome"], registry=registry)
         self.step_seconds = Histogram(
@@ -34,6 +39,8 @@ class CoordinatorMetrics:
         self.step.labels(job).set(row.step)
         self.reward.labels(job).set(row.reward)
         self.staleness.labels(job).set(row.staleness)
+        if MISMATCH in row.metrics:
+            self.mismatch.labels(job).set(row.metrics[MISMATCH])
         self.tokens.labels(job).inc(row.tokens)
         self.step_seconds.labels(job).observe(row.seconds)
         self.groups.labels(job, "trained").inc(row.trained_groups)

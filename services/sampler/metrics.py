@@ -17,6 +17,9 @@ class SamplerMetrics:
         self.queue_seconds = Histogram(
             "openrl_sampler_queue_seconds", "Arrival to first computation", buckets=SECONDS_BUCKETS, registry=registry
         )
+        self.abandoned = Counter(
+            "openrl_sampler_abandoned_total", "Requests given up by whoever asked", registry=registry
+        )
         self.policy_seconds = Histogram(
             "openrl_sampler_policy_load_seconds", "Fetching and loading a policy", buckets=SECONDS_BUCKETS,
             registry=registry,

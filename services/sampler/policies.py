@@ -1,4 +1,9 @@
-"""The policies that an engine holds: fetched when asked for, kept while used, the least recently used one dropped."""
+"""The policies that an engine holds: fetched when asked for, kept while used, in turns where there are too few places.
+
+`policy.leaving` decides who makes room; `_settle` is called whenever something has changed, and does what follows from
+it: lets requests begin, unloads, gives free places to those in line. A policy is fetched before it stands in line, so
+one that is missing or corrupted takes nobody's place.
+"""
 
 from __future__ import annotations
 
@@ -6,92 +11,187 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+
+from prometheus_client import Histogram
 
 from services.sampler.engines.base import SamplerEngine
-from services.sampler.metrics import SamplerMetrics
-from services.sampler.policy import victim
-from shared import topology
-from shared.contracts.policies import PolicyRecord, PolicyRef
-from shared.errors import UserError
-from shared.node import Node
+from services.sampler.policy import TERM, Held, leaving
+from shared.contracts.policies import PolicyRef
+from shared.errors import TemporaryError
+from shared.tasks import Tasks
 
 log = logging.getLogger(__name__)
+
+Fetch = Callable[[PolicyRef], Awaitable[Mapping[str, bytes]]]
 
 
 class Policies:
     """Sees to it that a request's policy is loaded before and stays until after."""
 
-    def __init__(self, node: Node, engine: SamplerEngine, metrics: SamplerMetrics) -> None:
-        self._blobs = node.blobs
-        self._table = node.bus.table(topology.POLICIES)
-        self._engine = engine
-        self._metrics = metrics
-        self._users: Counter[PolicyRef] = Counter()
-        self._last_used: dict[PolicyRef, float] = {}
-        self._changed = asyncio.Condition()
-        self._loading: dict[PolicyRef, asyncio.Lock] = {}
+    def __init__(self, engine: SamplerEngine, fetch: Fetch, tasks: Tasks, seconds: Histogram) -> None:
+        """`seconds` observes fetching and loading, without waiting for a place."""
+        self._engine, self._fetch, self._tasks, self._seconds = engine, fetch, tasks, seconds
+        self._held: dict[PolicyRef, Held] = {}
+        self._closed: frozenset[PolicyRef] = frozenset()
+        self._waiting: dict[PolicyRef, list[asyncio.Future[None]]] = {}
+        """Requests that have not begun."""
+        self._bringing: set[PolicyRef] = set()
+        """Policies that are fetched, stand in line or are loaded."""
+        self._line: dict[PolicyRef, asyncio.Future[bool]] = {}
+        """Policies that wait for a place, in order; the result says if they are still wanted."""
+        self._loading = 0
+        self._unloading = 0
+        self._fetches = asyncio.Semaphore(engine.capacity)  # no more files in memory than there are places
+        self._timer: asyncio.TimerHandle | None = None
 
     @contextlib.asynccontextmanager
     async def using(self, policy: PolicyRef | None) -> AsyncIterator[None]:
-        """Hold a policy loaded inside the block. Raise `UserError` for an unknown one."""
+        """Hold a policy loaded inside the block; None: the base model, which always is.
+
+        Raise `UserError` for an unknown policy, `PermanentError` for one whose files are damaged.
+        """
         if policy is None:
             yield
             return
-        self._users[policy] += 1
+        await self._enter(policy)
         try:
-            await self._ensure(policy)
             yield
         finally:
-            self._users[policy] -= 1
-            self._last_used[policy] = time.monotonic()
-            if policy not in self._engine.policies:
-                self._last_used.pop(policy, None)
-            async with self._changed:
-                self._changed.notify_all()
+            self._leave(policy)
 
-    async def prefetch(self, record: PolicyRecord) -> None:
-        """Load an announced policy if there is a place for it without anybody waiting."""
-        room = len(self._engine.policies) < self._engine.capacity
-        if room or victim(self._last_used, self._in_use()) is not None:
-            async with self.using(record.policy):
-                log.info("policy %s is ready", record.policy, extra={"run": record.policy.run, "policy": record.policy})
+    async def prefetch(self, policy: PolicyRef) -> None:
+        """Load an announced policy if there is a place for it without anybody waiting or being closed."""
+        coming = len(self._bringing) + 1
+        wanted = len(self._held) + coming - self._engine.capacity
+        if len(leaving(self._held, wanted, time.monotonic()).now) >= wanted:
+            async with self.using(policy):
+                pass
 
-    def _in_use(self) -> set[PolicyRef]:
-        return {policy for policy, users in self._users.items() if users}
+    # -- requests ------------------------------------------------------------------------------------------------
 
-    async def _ensure(self, policy: PolicyRef) -> None:
-        # One lock a policy: many requests for a new policy fetch it once, and others are not held up.
-        lock = self._loading.setdefault(policy, asyncio.Lock())
-        async with lock:
-            if policy in self._engine.policies:
-                return
-            with self._metrics.policy_seconds.time():
-                record = await self._record(policy)
-                files = {
-                    "adapter_config.json": await self._blobs.get(record.config),
-                    "adapter_model.safetensors": await self._blobs.get(record.weights),
-                }
-                await self._make_room()
-                await self._engine.load_policy(policy, files)
-            self._last_used[policy] = time.monotonic()
-        self._loading.pop(policy, None)
+    async def _enter(self, policy: PolicyRef) -> None:
+        if policy in self._held and policy not in self._closed:
+            self._begin(policy)
+            return
+        begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(policy, []).append(begun)
+        self._settle()
+        try:
+            await begun
+        except asyncio.CancelledError:
+            if begun.done() and not begun.cancelled() and begun.exception() is None:
+                self._leave(policy)  # it began in the same moment
+            self._settle()
+            raise
 
-    async def _record(self, policy: PolicyRef) -> PolicyRecord:
-        entry = await self._table.get((policy.run, str(policy.version)))
-        if entry is None:
-            raise UserError(f"policy {policy} does not exist (any more): name one that was published and not deleted")
-        if entry.value.base_model != self._engine.base_model:
-            raise UserError(f"policy {policy} belongs to {entry.value.base_model}, not to {self._engine.base_model}")
-        return entry.value
+    def _begin(self, policy: PolicyRef) -> None:
+        self._held[policy].users += 1
+        self._held[policy].used = time.monotonic()
 
-    async def _make_room(self) -> None:
-        async with self._changed:
-            while len(self._engine.policies) >= self._engine.capacity:
-                gone = victim({p: t for p, t in self._last_used.items() if p in self._engine.policies}, self._in_use())
-                if gone is None:
-                    await self._changed.wait()
-                    continue
-                self._last_used.pop(gone, None)
-                await self._engine.unload_policy(gone)
+    def _leave(self, policy: PolicyRef) -> None:
+        self._held[policy].users -= 1
+        self._held[policy].used = time.monotonic()
+        self._settle()
+
+    def _admit(self, policy: PolicyRef) -> None:
+        """Let all requests begin that wait for a policy in memory."""
+        for begun in self._waiting.pop(policy, []):
+            if not begun.done():
+                self._begin(policy)
+                begun.set_result(None)
+
+    def _refuse(self, policy: PolicyRef, error: Exception) -> None:
+        for begun in self._waiting.pop(policy, []):
+            if not begun.done():
+                begun.set_exception(error)
+
+    def _wanted(self, policy: PolicyRef) -> bool:
+        return any(not begun.done() for begun in self._waiting.get(policy, []))
+
+    # -- places --------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Do what follows from what has changed."""
+        for policy, place in list(self._line.items()):
+            if not self._wanted(policy):
+                self._line.pop(policy)
+                place.set_result(False)
+        self._make_room()
+        for policy in [policy for policy in self._waiting if policy in self._held.keys() - self._closed]:
+            self._admit(policy)
+        for policy in [policy for policy in self._waiting if policy not in self._held.keys() | self._bringing]:
+            self._bring_if_wanted(policy)
+
+    def _make_room(self) -> None:
+        now = time.monotonic()
+        used = len(self._held) + self._loading
+        plan = leaving(self._held, len(self._line) + used - self._engine.capacity, now)
+        self._closed = plan.closed
+        for policy in plan.now:
+            del self._held[policy]
+            self._unloading += 1
+            self._tasks.start(f"unload {policy}", self._unload(policy))
+        if self._timer is not None:
+            self._timer.cancel()
+        wait = None if plan.again is None else max(0.0, plan.again - now)
+        self._timer = None if wait is None else asyncio.get_running_loop().call_later(wait, self._settle)
+        self._give_places()
+
+    def _give_places(self) -> None:
+        free = self._engine.capacity - len(self._held) - self._loading - self._unloading
+        for policy in list(self._line)[: max(0, free)]:
+            self._loading += 1
+            self._line.pop(policy).set_result(True)
+
+    def _bring_if_wanted(self, policy: PolicyRef) -> None:
+        if not self._wanted(policy):
+            self._waiting.pop(policy)
+            return
+        self._bringing.add(policy)
+        self._tasks.start(f"load {policy}", self._bring(policy))
+
+    async def _bring(self, policy: PolicyRef) -> None:
+        try:
+            async with self._fetches:
+                began = time.monotonic()
+                files = await self._fetch(policy)
+                fetched = time.monotonic() - began
+                if await self._in_line(policy):
+                    await self._load(policy, files, fetched)
+        except asyncio.CancelledError:
+            self._refuse(policy, TemporaryError("the sampler stops"))
+            raise
+        except Exception as error:  # whatever it was, those who asked are told, each through its own worker
+            self._refuse(policy, error)
+        finally:
+            self._bringing.discard(policy)
+            self._settle()
+
+    async def _in_line(self, policy: PolicyRef) -> bool:
+        place: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._line[policy] = place
+        self._settle()
+        return await place
+
+    async def _load(self, policy: PolicyRef, files: Mapping[str, bytes], fetched: float) -> None:
+        began = time.monotonic()
+        try:
+            await self._engine.load_policy(policy, files)
+        finally:
+            self._loading -= 1
+        now = time.monotonic()
+        seconds = fetched + now - began
+        self._seconds.observe(seconds)
+        self._held[policy] = Held(used=now, until=now + TERM * seconds)
+        log.info("policy %s is ready", policy, extra={"run": policy.run, "policy": policy})
+        self._admit(policy)
+
+    async def _unload(self, policy: PolicyRef) -> None:
+        try:
+            await self._engine.unload_policy(policy)
+        except TemporaryError:  # the engine is being stopped
+            return
+        finally:
+            self._unloading -= 1
+            self._settle()

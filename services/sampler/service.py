@@ -4,6 +4,7 @@
 |---|---|---|---|
 | requests | `rl.v1.sample.<pool>`, shared by the pool's replicas | a free request slot | an answered request |
 | a request | - | its policy to be loaded | the blob store; a place among the policies |
+| abandonments | `rl.v1.abandoned.>`, not stored | nothing | an asker that gives up |
 | announcements | `rl.v1.events.policy.*` from now on | nothing | a published policy |
 """
 
@@ -16,8 +17,10 @@ from pathlib import Path
 
 import msgspec
 
+from services.sampler.abandoned import Abandoned
 from services.sampler.config import SamplerConfig
 from services.sampler.engines.base import SamplerEngine
+from services.sampler.files import PolicyFiles
 from services.sampler.handlers import SampleHandler
 from services.sampler.metrics import SamplerMetrics
 from services.sampler.policies import Policies
@@ -43,11 +46,13 @@ class SamplerService:
         self._node = node
         self._engine = make_engine(config)
         self._metrics = SamplerMetrics(node.telemetry.registry, self._engine)
-        self._policies = Policies(node, self._engine, self._metrics)
+        files = PolicyFiles(node.bus, config.base_model)
+        self._policies = Policies(self._engine, files.fetch, node.tasks, self._metrics.policy_seconds)
+        self._abandoned = Abandoned()
         self._worker = Worker(
             node.bus,
             topology.sampler_consumer(config.base_model),
-            SampleHandler(node.bus, self._engine, self._policies, self._metrics),
+            SampleHandler(node.bus, self._engine, self._policies, self._abandoned, self._metrics),
             concurrency=config.max_requests,
             metrics=node.worker_metrics,
         )
@@ -62,6 +67,7 @@ class SamplerService:
     async def start(self) -> None:
         """Load the model, then take requests."""
         await self._engine.start()
+        await self._node.bus.hear_abandoned(self._abandoned.hear)
         place = await self._node.bus.last_place(topology.POLICIES_PUBLISHED)
         self._node.tasks.start("announcements", self._follow_announcements(place))
         self._node.tasks.start("requests", self._worker.run())
@@ -85,7 +91,7 @@ class SamplerService:
             if record.base_model != self.base_model:
                 continue
             try:
-                await self._policies.prefetch(record)
+                await self._policies.prefetch(record.policy)
             except MeshError as error:
                 # Only a head start: whoever asks for it is told what is wrong.
                 log.warning(

@@ -14,6 +14,13 @@ StopReason = Literal["stop", "length"]
 MOST_TOKENS = 1_000_000
 """In one sample; the model's context allows less."""
 
+MAX_WIDTH = 128
+"""Most tokens whose log-probabilities can be asked for at one position."""
+EMPTY_LOGPROB = -99999.0
+"""Of an empty cell of `TopLogprobs`, whose id is 0; also the least that a cell holds."""
+
+Width = Annotated[int, msgspec.Meta(ge=0, le=MAX_WIDTH)]
+
 
 class SamplingParams(Strict):
     """How to draw tokens."""
@@ -25,8 +32,9 @@ class SamplingParams(Strict):
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     top_k: Annotated[int, msgspec.Meta(ge=-1)] = -1
     """-1: all tokens."""
-    stop: list[str | int] | None = None
-    """Strings, or token ids, that end a sample. None: the model's end-of-sequence tokens. []: nothing does."""
+    stop: str | list[str | int] | None = None
+    """A string, or strings and token ids, that end a sample; exactly these, so the model's end-of-sequence tokens only
+    if they are named. None: the model's end-of-sequence tokens. []: nothing does."""
     seed: int | None = None
     """Sample i of a request draws from a stream of its own of this seed. None: a new seed for every request."""
 
@@ -46,6 +54,30 @@ class SampleRequest(Contract):
     isolated: bool = False
     """Compute in a batch of its own. Slower; the result then does not depend, in the last bit, on other requests."""
     owner: str = "default"
+    """Whose turn it is where requests wait: owners are served in turn, however many requests each has."""
+    topk_prompt_logprobs: Width = 0
+    """K: also return the K likeliest tokens at each prompt position, at temperature 1."""
+    topk_sample_logprobs: Width = 0
+    """K: also return the K likeliest tokens at each sampled position, of the temperature-scaled distribution."""
+    target_logprobs: Int32s | None = None
+    """Token ids whose log-probabilities at temperature 1 are wanted: `target_width` of them for each prompt position
+    after the first, one position behind the other, (N - 1) * `target_width` in all. -1: none wanted here."""
+    target_width: Annotated[int, msgspec.Meta(ge=1, le=MAX_WIDTH)] = 1
+    prompt_logprobs_last_n: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """Compute `prompt_logprobs` and `topk_prompt_logprobs` for the last n prompt positions only. The results have the
+    same shape; the other positions are missing in them."""
+
+
+class TopLogprobs(Contract):
+    """The likeliest tokens at each of some positions.
+
+    `ids` and `logprobs` have `width` entries for each position, likeliest first, one position behind the other. A cell
+    for which there is no token is empty: id 0, log-probability `EMPTY_LOGPROB`.
+    """
+
+    width: int
+    ids: Int32s
+    logprobs: Float32s
 
 
 class SampledSequence(Contract):
@@ -55,6 +87,8 @@ class SampledSequence(Contract):
     logprobs: Float32s
     """Of each token under the temperature-scaled distribution (at temperature 0: of the unscaled one)."""
     stop_reason: StopReason
+    top: TopLogprobs | None = None
+    """With `topk_sample_logprobs`: one position for each token."""
 
 
 class SampleResult(Contract, tag_field="kind", tag="sample"):
@@ -63,9 +97,13 @@ class SampleResult(Contract, tag_field="kind", tag="sample"):
     request_id: str
     sequences: list[SampledSequence] = []
     prompt_logprobs: Float32s | None = None
-    """N entries for a prompt of N tokens, the first NaN."""
+    """N entries for a prompt of N tokens, the first NaN, and so all before the last `prompt_logprobs_last_n`."""
     policy: PolicyRef | None = None
     queue_seconds: float = 0.0
     """From arrival at the sampler to the first computation."""
     seconds: float = 0.0
     """From the first computation to the last token."""
+    top_prompt_logprobs: TopLogprobs | None = None
+    """With `topk_prompt_logprobs`: N positions, empty where `prompt_logprobs` would be NaN."""
+    target_logprobs: Float32s | None = None
+    """One for each entry of the request's `target_logprobs`; NaN for -1."""

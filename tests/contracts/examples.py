@@ -43,7 +43,7 @@ from shared.contracts.jobs import (
 from shared.contracts.policies import LoraSpec, PolicyPublished, PolicyRecord, PolicyRef
 from shared.contracts.replicas import ReplicaRecord
 from shared.contracts.results import DeadLetter, DeliveryMark, RequestFailed
-from shared.contracts.sampling import SampledSequence, SampleRequest, SampleResult, SamplingParams
+from shared.contracts.sampling import SampledSequence, SampleRequest, SampleResult, SamplingParams, TopLogprobs
 from shared.contracts.training import (
     AdamParams,
     CreateRun,
@@ -176,6 +176,14 @@ MESSAGES: dict[str, tuple[topology.Channel[Any], Any]] = {
             policy=POLICY, prompt_logprobs=True, isolated=True, owner="team",
         ),
     ),
+    "sample_scored": (
+        topology.SAMPLES,
+        SampleRequest(
+            request_id="asker.1", base_model="org/model", prompt=Int32s([1, 2]), num_samples=4, owner="team",
+            params=SamplingParams(max_tokens=9, stop="\n\n"), topk_prompt_logprobs=2, topk_sample_logprobs=3,
+            target_logprobs=Int32s([3, -1]), target_width=2, prompt_logprobs_last_n=1,
+        ),
+    ),
     "play_group": (
         topology.GROUPS,
         PlayGroup(
@@ -214,6 +222,19 @@ MESSAGES: dict[str, tuple[topology.Channel[Any], Any]] = {
         SampleResult(
             request_id="asker.1", prompt_logprobs=Float32s([-1.0, -0.5]), policy=POLICY, queue_seconds=0.5, seconds=1.5,
             sequences=[SampledSequence(tokens=Int32s([4]), logprobs=Float32s([-0.25]), stop_reason="stop")],
+        ),
+    ),
+    "sample_result_scored": (
+        topology.ANSWERS,
+        SampleResult(
+            request_id="asker.1", queue_seconds=0.5, seconds=1.5, target_logprobs=Float32s([-0.5, -1.5]),
+            top_prompt_logprobs=TopLogprobs(width=1, ids=Int32s([0, 7]), logprobs=Float32s([-99999.0, -0.25])),
+            sequences=[
+                SampledSequence(
+                    tokens=Int32s([4]), logprobs=Float32s([-0.25]), stop_reason="stop",
+                    top=TopLogprobs(width=2, ids=Int32s([4, 5]), logprobs=Float32s([-0.25, -2.5])),
+                )
+            ],
         ),
     ),
     "job_answer": (

@@ -38,3 +38,9 @@ async def start(sampler_model: Path) -> AsyncIterator[Start]:
     yield begin
     for engine in engines:
         await engine.stop()
+
+
+@pytest.fixture
+def tolerance() -> float:
+    """By how much log-probabilities may differ from the reference's."""
+    return 1e-4

@@ -1,4 +1,4 @@
-"""What the tests of the torch sampler share: engines on a tiny model, requests, and references to compare with."""
+"""What the tests of sampler engines share: engines on a tiny model, requests, and references to compare with."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
+from services.sampler.engines.base import SamplerEngine
 from services.sampler.engines.torch_engine import TorchSamplerEngine
 from shared.contracts.arrays import Int32s
 from shared.contracts.policies import LoraSpec, PolicyRef
@@ -17,6 +19,9 @@ from shared.models.adapter_files import to_peft
 from shared.models.lora import Adapter
 
 Start = Callable[..., Awaitable[TorchSamplerEngine]]
+StartAny = Callable[..., Awaitable[SamplerEngine]]
+"""Starts an engine of any kind on the tiny model, with the settings that engines share, named as the torch engine's."""
+_PARAMS = frozenset(field.name for field in msgspec.structs.fields(SamplingParams))
 PROMPTS = [[5], [72, 101, 108, 108, 111], list(range(40, 75)), [3, 1, 4, 1, 5, 9, 2, 6], [200] * 21]
 
 
@@ -26,14 +31,15 @@ def decode(tokens: Sequence[int]) -> str:
 
 def ask(prompt: Sequence[int], *, policy: PolicyRef | None = None, **settings: Any) -> SampleRequest:
     """Make a request; settings of `SampleRequest` go there and the others to `SamplingParams`."""
-    own = {name: settings.pop(name) for name in ("num_samples", "prompt_logprobs", "isolated") if name in settings}
+    own = {name: settings.pop(name) for name in list(settings) if name not in _PARAMS}
     params = SamplingParams(**{"stop": [], "max_tokens": 8, **settings})
     return SampleRequest(
-        request_id="request", base_model="tiny", prompt=Int32s(prompt), policy=policy, params=params, **own
+        **{"request_id": "request", "base_model": "tiny", "prompt": Int32s(prompt), "policy": policy, **own},
+        params=params,
     )
 
 
-async def together(engine: TorchSamplerEngine, requests: Sequence[SampleRequest]) -> list[SampleResult]:
+async def together(engine: SamplerEngine, requests: Sequence[SampleRequest]) -> list[SampleResult]:
     return await asyncio.gather(*(engine.generate(request) for request in requests))
 
 

@@ -136,6 +136,25 @@ async def test_the_same_seed_gives_the_same_step_table_without_staleness(place: 
     assert [e.accuracy for e in first.evaluations] == [e.accuracy for e in second.evaluations]
 
 
+@pytest.mark.parametrize(("staleness", "when"), [(0, {1, 2, 3}), (1, {1})])
+async def test_sampler_and_trainer_agree_wherever_versions_are_equal(
+    place: Place, bus: Bus, staleness: int, when: set[int]
+) -> None:
+    """With staleness 1 only the first step is sure to train what its own weights have sampled."""
+    algorithm = {"steps": 3, "group_size": 8, "groups_per_step": 2, "max_staleness": staleness, "learning_rate": 0.002}
+    # Long enough for some to end early: rewards differ, and there is something to train on in each step.
+    long = {"sampling": {"max_tokens": 100}, "evaluation": {"tasks": 0}}
+    reward = {"name": "length_penalty", "params": {"budget": 0, "per_token": 0.01, "floor": -9.0}}
+    async with mesh(place):
+        spec = job(algorithm=algorithm, reward=reward, lora={"rank": 4, "train_unembed": True}, **long)
+        record = await finished(bus, spec)
+        table = await rows(bus, record.job)
+    found = {row["step"]: row["metrics"].get("logprob_mismatch:mean") for row in table}
+    assert [row["step"] for row in table if not row["trained_groups"]] == []
+    assert all(found[step] is not None for step in when)
+    assert all(0 <= value <= 1e-4 for value in found.values() if value is not None), found
+
+
 async def test_a_job_is_submitted_and_followed_over_a_bare_connection(place: Place, nats_server: Any) -> None:
     """What a program in any language does: JSON on subjects, nothing of this project."""
     async with mesh(place):

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.sampler.policy import victim
 from shared import config, observe, topology
 from shared.blobs import BlobStore
 from shared.config import ServiceConfig
@@ -192,9 +191,3 @@ def test_only_user_errors_are_blamed_on_the_user() -> None:
     assert failure_of(UserError("wrong")).kind == "user"
     assert failure_of(KeyError("x")).message == "KeyError: 'x'"
     assert failure_of(KeyError("x")).kind == "server"
-
-
-def test_the_least_recently_used_free_policy_goes_first() -> None:
-    a, b, c = (PolicyRef(run="r", version=number) for number in range(3))
-    assert victim({a: 1.0, b: 2.0, c: 3.0}, in_use={a}) == b
-    assert victim({a: 1.0}, in_use={a}) is None

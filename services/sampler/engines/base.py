@@ -1,7 +1,8 @@
 """What the sampler asks of an engine.
 
 An engine holds one base model and some policies (adapters), and generates for many requests at the same time. It
-knows neither bus nor blob store: the service gives it a policy's files before the first request that names it.
+knows neither bus nor blob store: the service gives it a policy's files before the first request that names it. What
+requests mean is said in docs/sampling.md; `tests.engines.conformance` tests it for every engine.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from services.sampler.engines.batching import padded
-from services.sampler.engines.drawing import Drawing, uniforms
+from services.sampler.engines.drawing import Drawing, likeliest, temperature_of, uniforms
 from services.sampler.engines.jobs import Job, Row
 from services.sampler.engines.kv_cache import DecodeStep
 from shared.contracts.policies import PolicyRef
@@ -27,6 +27,37 @@ def segments(jobs: Iterable[Job]) -> list[PolicySegment]:
         found.append((policy, start, stop))
         start = stop
     return found
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The rows whose likeliest tokens are asked for."""
+
+    rows: Sequence[Row]
+    places: Tensor
+    """[m]: where they are in the batch."""
+    temperatures: Tensor
+    """[m, 1]"""
+    count: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], vocabulary: int, device: torch.device) -> Watched | None:
+        """Find them. None: nobody asks."""
+        places = [place for place, row in enumerate(rows) if row.job.request.topk_sample_logprobs]
+        if not places:
+            return None
+        watched = [rows[place] for place in places]
+        scales = [temperature_of(row.job.request.params) for row in watched]
+        count = max(row.job.request.topk_sample_logprobs for row in watched)
+        return cls(
+            watched, integers(places, device), torch.tensor(scales, device=device)[:, None], min(count, vocabulary)
+        )
+
+    def look(self, logits: Tensor) -> None:
+        """Note the likeliest tokens of logits [n, V], before those are overwritten."""
+        ids, logprobs = likeliest(logits[self.places], self.count, self.temperatures)
+        for row, some_ids, some_logprobs in zip(self.rows, ids.tolist(), logprobs.tolist(), strict=True):
+            row.add_top(some_ids, some_logprobs)
 
 
 def drawing_of(rows: Sequence[Row], device: torch.device) -> Drawing:
@@ -46,6 +77,7 @@ class Batch:
     rows: list[Row]
     segments: list[PolicySegment]
     drawing: Drawing
+    watched: Watched | None
     slots: Tensor
     """[n]: the row of the cache of each row of the batch."""
     batch_of_slot: Tensor | None
@@ -61,7 +93,7 @@ class Batch:
     """Positions that the longest row will have after the next step."""
 
     @classmethod
-    def of(cls, active: Sequence[Row], device: torch.device) -> Batch:
+    def of(cls, active: Sequence[Row], vocabulary: int, device: torch.device) -> Batch:
         """Gather rows that stand in the order of the cache and have at least one token each."""
         order = sorted(range(len(active)), key=lambda slot: active[slot].job.order)
         rows = [active[slot] for slot in order]
@@ -70,6 +102,7 @@ class Batch:
             rows=rows,
             segments=segments(row.job for row in rows),
             drawing=drawing_of(rows, device),
+            watched=Watched.of(rows, vocabulary, device),
             slots=integers(order, device),
             batch_of_slot=None if order == inverse == sorted(order) else integers(inverse, device),
             tokens=integers((row.tokens[-1] for row in rows), device),

@@ -1,8 +1,8 @@
 """Decides which requests begin, which prompts are computed together, and how large the cache is.
 
-Pure functions over plain numbers. Requests begin in the order of their arrival: a large one at the head is waited for,
-so none starves. The cache is a rectangle, rows times the longest row, and every row is admitted with all the positions
-that it may ever need: what has begun always has room to end.
+Pure functions over plain numbers. Requests begin in the order in which they are given (`fair` decides it): a large one
+at the head is waited for, so none starves. The cache is a rectangle, rows times the longest row, and every row is
+admitted with all the positions that it may ever need: what has begun always has room to end.
 """
 
 from __future__ import annotations

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.contracts.sampling import SamplingParams
+from shared.contracts.sampling import EMPTY_LOGPROB, SamplingParams
 
 _BLOCK = 256
 _FIRST_CANDIDATES = 1024
 """Likeliest tokens looked at for top-p; 16 times as many if their mass is too small."""
+_ANY_VOCABULARY = 1 << 31
+"""No vocabulary has more tokens, and every tensor can hold the number."""
 _SMALLEST_TEMPERATURE = 1e-30
 """Smaller ones are no normal float32. Logits that differ by more than 1e-28 are told apart nevertheless."""
 
@@ -42,6 +44,11 @@ def uniforms(keys: Tensor, counts: Tensor) -> Tensor:
     bits = (bits ^ _shifted(bits, 27)) * _MIX_2
     bits = bits ^ _shifted(bits, 31)
     return _shifted(bits, 11).double() * 2.0**-53
+
+
+def temperature_of(params: SamplingParams) -> float:
+    """What logits are divided by. 1 for a greedy row, whose log-probabilities are unscaled."""
+    return max(params.temperature, _SMALLEST_TEMPERATURE) if params.temperature else 1.0
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
@@ -73,8 +80,8 @@ class Drawing:
         filtered = [
             row for row, item in enumerate(params) if item.temperature > 0 and (item.top_k > 0 or item.top_p < 1)
         ]
-        scales = [max(item.temperature, _SMALLEST_TEMPERATURE) if item.temperature else 1.0 for item in params]
-        top_k = [max(params[row].top_k, 0) for row in filtered]
+        scales = [temperature_of(item) for item in params]
+        top_k = [min(max(params[row].top_k, 0), _ANY_VOCABULARY) for row in filtered]
         return cls(
             temperatures=torch.tensor(scales, device=device)[:, None] if any(s != 1 for s in scales) else None,
             greedy=torch.tensor(greedy, device=device) if greedy else None,
@@ -108,6 +115,17 @@ def draw(logits: Tensor, drawing: Drawing, numbers: Tensor) -> tuple[Tensor, Ten
         if greedy is not None:
             tokens[drawing.greedy] = greedy
     return tokens, (weights.gather(1, tokens[:, None])[:, 0].double() / totals).log().float()
+
+
+def likeliest(logits: Tensor, count: int, temperatures: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the `count` likeliest tokens of logits [n, V], likeliest first: ids and log-probabilities, [n, count].
+
+    The log-probabilities are over the whole vocabulary at `temperatures` ([n, 1] or one number), and at least
+    `EMPTY_LOGPROB`. `logits` are left as they are.
+    """
+    scaled = (logits - logits.amax(-1, keepdim=True)).div_(temperatures)
+    values, ids = scaled.topk(count)
+    return ids, (values - total_logprob(scaled)[:, None]).clamp_(min=EMPTY_LOGPROB)
 
 
 def total_logprob(logits: Tensor) -> Tensor:

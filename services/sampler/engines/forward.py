@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,15 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from services.sampler.engines.cached_attention import NAME
-from services.sampler.engines.drawing import total_logprob
 from services.sampler.engines.kv_cache import DecodeStep, PrefillStep, RowCache
 from shared.models.lora import AdapterBank, Segment
 
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Without cuDNN's, which plans anew for every batch size and length: 0.3 ms of CPU a layer on an H100, torch 2.11."""
-
-_LOGITS_AT_ONCE = 1 << 24
-"""Entries of the logits of a prompt that are in memory at the same time (64 MiB in float32)."""
 
 
 class Forward:
@@ -56,17 +51,6 @@ class Forward:
         with self.bank.use(segments):
             logits: Tensor = self._head(hidden).float()
         return logits if self._cap is None else logits.div_(self._cap).tanh_().mul_(self._cap)
-
-    def prompt_logprobs(self, hidden: Tensor, prompt: Sequence[int], key: object) -> list[float]:
-        """Return the log-probability of each of N tokens at temperature 1 from hidden [N, hidden]; the first is NaN."""
-        targets = torch.tensor(prompt[1:], dtype=torch.int64, device=self.device)
-        result = [math.nan]
-        size = max(1, _LOGITS_AT_ONCE // self.vocabulary)
-        for start in range(0, len(targets), size):
-            some = targets[start : start + size]
-            logits = self.logits(hidden[start : start + len(some)], [(key, 0, len(some))])
-            result += (logits.gather(1, some[:, None])[:, 0] - total_logprob(logits)).tolist()
-        return result
 
     def _run(
         self, ids: Tensor, positions: Tensor, step: PrefillStep | DecodeStep, segments: Sequence[Segment]

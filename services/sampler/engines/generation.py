@@ -8,7 +8,6 @@ failure of a decoding step ends all requests that take part in it. Either way th
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 from time import perf_counter
@@ -17,13 +16,14 @@ import torch
 from torch import Tensor
 
 from services.sampler.engines.base import EngineLoad
-from services.sampler.engines.batches import Batch, drawing_of, integers, segments
+from services.sampler.engines.batches import Batch, Watched, drawing_of, integers, segments
 from services.sampler.engines.batching import Room, Running, Shape, admit, compaction, padded, prefill_groups
 from services.sampler.engines.drawing import draw, uniforms
+from services.sampler.engines.fair import FairQueue
 from services.sampler.engines.forward import Forward
 from services.sampler.engines.jobs import Job, Row
 from services.sampler.engines.kv_cache import PrefillStep
-from shared.contracts.arrays import Float32s
+from services.sampler.engines.scoring import score_prompt, wants_scores
 from shared.contracts.policies import PolicyRef
 from shared.contracts.sampling import SampleResult
 from shared.errors import PermanentError, TemporaryError
@@ -37,7 +37,7 @@ class Generation:
     def __init__(self, forward: Forward, room: Room) -> None:
         self._forward = forward
         self._room = room
-        self._waiting: deque[Job] = deque()
+        self._waiting: FairQueue[Job] = FairQueue(owner=_owner, cost=_promised)
         self._rows: list[Row] = []  # in the order of the cache
         self._batch: Batch | None = None  # None: rows have come or gone since the last step
         self._outbox: list[tuple[Job, SampleResult | Exception]] = []
@@ -60,13 +60,12 @@ class Generation:
 
     def submit(self, job: Job) -> None:
         """Let a job wait for its turn."""
-        self._waiting.append(job)
+        self._waiting.add(job)
 
     def cancel(self, job: Job) -> None:
         """Forget a job and free its rows. One that has ended is ignored."""
         job.closed = True
-        if job in self._waiting:
-            self._waiting.remove(job)
+        self._waiting.remove(job)
         self._retire()
 
     def deliver(self) -> None:
@@ -81,8 +80,9 @@ class Generation:
             return
         length = max((row.job.length for row in self._rows), default=0)
         running = Running(len(self._rows), length, any(row.job.request.isolated for row in self._rows))
-        count = admit([job.waiting() for job in islice(self._waiting, self._room.rows)], running, self._room)
-        jobs = [self._waiting.popleft() for _ in range(count)]
+        first = list(islice(self._waiting.in_turn(), self._room.rows))
+        jobs = first[: admit([job.waiting() for job in first], running, self._room)]
+        self._waiting.take(jobs)
         for job in jobs:
             job.started = perf_counter()
         for group in prefill_groups([len(job.request.prompt) for job in jobs], self._room.prompt_tokens):
@@ -93,9 +93,11 @@ class Generation:
         if not self._rows:
             return
         try:
-            batch = self._batch = self._batch or Batch.of(self._rows, self._forward.device)
+            batch = self._batch = self._batch or Batch.of(self._rows, self._forward.vocabulary, self._forward.device)
             self._reserve(len(self._rows), batch.longest)
             logits = self._forward.decode(batch.tokens, batch.step(), batch.segments)
+            if batch.watched is not None:
+                batch.watched.look(logits)
             tokens, logprobs = draw(logits, batch.drawing, batch.numbers())
             drawn = tokens.tolist(), logprobs.tolist()
         except Exception as error:
@@ -139,10 +141,17 @@ class Generation:
 
     def _score_prompts(self, jobs: Sequence[Job], hidden: Tensor) -> None:
         for index, job in enumerate(jobs):
-            if job.request.prompt_logprobs:
-                prompt = job.request.prompt
-                logprobs = self._forward.prompt_logprobs(hidden[index, : len(prompt)], prompt, job.policy)
-                job.prompt_logprobs = Float32s(logprobs)
+            if wants_scores(job.request):
+                self._score_prompt(job, hidden[index, : len(job.request.prompt)])
+
+    def _score_prompt(self, job: Job, hidden: Tensor) -> None:
+        forward = self._forward
+        try:
+            job.scores = score_prompt(
+                job.request, hidden, lambda some: forward.logits(some, [(job.policy, 0, len(some))]), forward.vocabulary
+            )
+        except ArithmeticError as error:
+            raise PermanentError(f"{job.model} gives {error}") from None
 
     def _first_tokens(self, jobs: Sequence[Job], rows: Sequence[Row], hidden: Tensor) -> tuple[list[int], list[float]]:
         """Draw the first token of every row from its prompt's last hidden state, through the head once a prompt."""
@@ -155,7 +164,10 @@ class Generation:
         keys = integers((row.key for row in rows), device)
         numbers = uniforms(keys, torch.zeros_like(keys))
         source = integers((place[id(row.job)] for row in rows), device)
-        tokens, logprobs = draw(logits[source], drawing_of(rows, device), numbers)
+        logits = logits[source]
+        if (watched := Watched.of(rows, self._forward.vocabulary, device)) is not None:
+            watched.look(logits)
+        tokens, logprobs = draw(logits, drawing_of(rows, device), numbers)
         return tokens.tolist(), logprobs.tolist()
 
     def _reserve(self, rows: int, length: int, promised: int = 0) -> None:
@@ -204,6 +216,15 @@ class Generation:
         if not job.closed:
             job.closed = True
             self._outbox.append((job, outcome))
+
+
+def _owner(job: Job) -> str:
+    return job.request.owner
+
+
+def _promised(job: Job) -> int:
+    """Tokens that a job may take: what it is charged with, since that is what it is admitted with."""
+    return len(job.request.prompt) + job.limit * job.request.num_samples
 
 
 def _failure(job: Job, doing: str, error: Exception) -> Exception:

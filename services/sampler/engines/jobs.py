@@ -9,10 +9,18 @@ from time import perf_counter
 
 from services.sampler.engines.batching import Waiting, padded
 from services.sampler.engines.drawing import stream_key
+from services.sampler.engines.scoring import PromptScores
 from services.sampler.engines.stops import StopRule
 from shared.contracts.arrays import Float32s, Int32s
 from shared.contracts.policies import PolicyRef
-from shared.contracts.sampling import SampledSequence, SampleRequest, SampleResult, StopReason
+from shared.contracts.sampling import (
+    EMPTY_LOGPROB,
+    SampledSequence,
+    SampleRequest,
+    SampleResult,
+    StopReason,
+    TopLogprobs,
+)
 
 Deliver = Callable[[SampleResult | Exception], None]
 
@@ -31,7 +39,7 @@ class Job:
     started: float = 0.0
     closed: bool = False
     """Complete, failed or cancelled: its rows are to be freed."""
-    prompt_logprobs: Float32s | None = None
+    scores: PromptScores = field(default_factory=PromptScores)
     sequences: dict[int, SampledSequence] = field(default_factory=dict)
     seed: int = 0
 
@@ -74,12 +82,16 @@ class Job:
 
     def result(self) -> SampleResult:
         """The answer. Without new tokens to generate every sequence is empty."""
-        empty = SampledSequence(tokens=Int32s(), logprobs=Float32s(), stop_reason="length")
+        width = self.request.topk_sample_logprobs
+        top = TopLogprobs(width=width, ids=Int32s(), logprobs=Float32s()) if width else None
+        empty = SampledSequence(tokens=Int32s(), logprobs=Float32s(), stop_reason="length", top=top)
         now = perf_counter()
         return SampleResult(
             request_id=self.request.request_id,
             sequences=[self.sequences.get(index, empty) for index in range(self.request.num_samples)],
-            prompt_logprobs=self.prompt_logprobs,
+            prompt_logprobs=self.scores.logprobs,
+            top_prompt_logprobs=self.scores.top,
+            target_logprobs=self.scores.targets,
             policy=self.policy,
             queue_seconds=self.started - self.arrived,
             seconds=now - self.started,
@@ -96,12 +108,21 @@ class Row:
     """Of its random stream."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_ids: list[int] = field(default_factory=list)
+    top_logprobs: list[float] = field(default_factory=list)
     ended: bool = False
 
     @property
     def position(self) -> int:
         """Where its newest token goes in the cache, which so far holds everything before."""
         return len(self.job.request.prompt) + len(self.tokens) - 1
+
+    def add_top(self, ids: list[int], logprobs: list[float]) -> None:
+        """Append the likeliest tokens where the next token is drawn, likeliest first, of which there may be more."""
+        width = self.job.request.topk_sample_logprobs
+        missing = width - len(ids)
+        self.top_ids += ids[:width] + [0] * missing
+        self.top_logprobs += logprobs[:width] + [EMPTY_LOGPROB] * missing
 
     def add(self, token: int, logprob: float) -> None:
         """Append a drawn token and end the sequence if it is the last. A NaN is the caller's to notice."""
@@ -115,5 +136,11 @@ class Row:
     def _end(self, reason: StopReason) -> None:
         self.ended = True
         self.job.sequences[self.index] = SampledSequence(
-            tokens=Int32s(self.tokens), logprobs=Float32s(self.logprobs), stop_reason=reason
+            tokens=Int32s(self.tokens), logprobs=Float32s(self.logprobs), stop_reason=reason, top=self._top()
         )
+
+    def _top(self) -> TopLogprobs | None:
+        width = self.job.request.topk_sample_logprobs
+        if not width:
+            return None
+        return TopLogprobs(width=width, ids=Int32s(self.top_ids), logprobs=Float32s(self.top_logprobs))

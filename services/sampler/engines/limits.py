@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
 
 from services.sampler.engines.batching import padded
+from services.sampler.engines.stops import stop_list
 from shared.contracts.policies import PolicyRef
 from shared.contracts.sampling import SampleRequest
 from shared.errors import UserError
 
+MAX_STOPS, MAX_STOP_LENGTH = 256, 1024
+"""Every sample is compared with every stop string at every token."""
+MAX_CELLS = 1 << 22
+"""Log-probabilities of likeliest tokens, or of targets, in one answer: 32 MiB with their ids."""
 _CPU_SHARE, _GPU_SHARE = 0.5, 0.7
 
 
@@ -46,14 +52,18 @@ class Limits:
         self._check_prompt(request)
         self._check_size(request)
         self._check_params(request)
+        self._check_scores(request)
 
     def _check_prompt(self, request: SampleRequest) -> None:
         if not request.prompt:
             raise UserError("the prompt is empty: it needs at least one token")
+        self._check_ids(request.prompt, "the prompt", least=0)
+
+    def _check_ids(self, ids: Sequence[int], where: str, *, least: int) -> None:
         last = self.vocabulary - 1
-        for worst in (min(request.prompt), max(request.prompt)):
-            if not 0 <= worst <= last:
-                raise UserError(f"token id {worst} in the prompt is outside of the vocabulary: ids go from 0 to {last}")
+        for worst in (min(ids, default=least), max(ids, default=least)):
+            if not least <= worst <= last:
+                raise UserError(f"token id {worst} in {where} is outside of the vocabulary: ids go from 0 to {last}")
 
     def _check_size(self, request: SampleRequest) -> None:
         prompt, wanted = len(request.prompt), request.params.max_tokens
@@ -80,11 +90,37 @@ class Limits:
         params = request.params
         if params.top_k == 0:
             raise UserError("top_k 0 leaves no token to choose: use -1 for all tokens")
-        strings = [item for item in params.stop or () if isinstance(item, str)]
+        if not (math.isfinite(params.temperature) and math.isfinite(params.top_p)):
+            raise UserError(f"temperature {params.temperature} and top_p {params.top_p}: both must be finite numbers")
+        self._check_stop(stop_list(params.stop))
+
+    def _check_stop(self, stop: Sequence[str | int]) -> None:
+        if len(stop) > MAX_STOPS:
+            raise UserError(f"{len(stop)} stops are more than the {MAX_STOPS} that are looked for: leave some out")
+        self._check_ids([item for item in stop if isinstance(item, int)], "stop", least=0)
+        strings = [item for item in stop if isinstance(item, str)]
+        if any(len(string) > MAX_STOP_LENGTH for string in strings):
+            raise UserError(f"a stop string has more than {MAX_STOP_LENGTH} characters: shorten it")
         if "" in strings:
             raise UserError("a stop string is empty: it would end every sample at once; leave it out")
         if strings and not self.decodes:
             raise UserError(f"stop strings such as {strings[0]!r} need a tokenizer, which is not here: use token ids")
+
+    def _check_scores(self, request: SampleRequest) -> None:
+        prompt, targets = len(request.prompt), request.target_logprobs
+        if targets is not None and len(targets) != (prompt - 1) * request.target_width:
+            raise UserError(
+                f"target_logprobs has {len(targets)} ids: a prompt of {prompt} tokens needs {request.target_width} "
+                f"(target_width) for each token after the first, {(prompt - 1) * request.target_width} in all"
+            )
+        self._check_ids(targets or (), "target_logprobs", least=-1)
+        sampled = request.num_samples * self.new_tokens(request)
+        cells = prompt * request.topk_prompt_logprobs + sampled * request.topk_sample_logprobs + len(targets or ())
+        if cells > MAX_CELLS:
+            raise UserError(
+                f"{cells} log-probabilities of likeliest tokens and targets are more than the {MAX_CELLS} of one "
+                "answer: lower topk_prompt_logprobs, topk_sample_logprobs, max_tokens or num_samples"
+            )
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -39,12 +39,19 @@ class StopRule:
         return _TOKENS_PER_CHARACTER * max(map(len, self.strings)) + _MARGIN
 
 
-def stop_rule(stop: Sequence[str | int] | None, end_of_sequence: frozenset[int], decode: Decode | None) -> StopRule:
-    """Make the rule for `SamplingParams.stop`. None: the model's end-of-sequence ids. []: nothing ends a sample."""
+def stop_list(stop: str | Sequence[str | int] | None) -> Sequence[str | int]:
+    """What `SamplingParams.stop` names; a string is one thing and not its characters."""
+    return [stop] if isinstance(stop, str) else stop or ()
+
+
+def stop_rule(
+    stop: str | Sequence[str | int] | None, end_of_sequence: frozenset[int], decode: Decode | None
+) -> StopRule:
+    """Make the rule for `SamplingParams.stop`, which names all that ends a sample. None: the end-of-sequence ids."""
     if stop is None:
         return StopRule(ids=end_of_sequence)
     return StopRule(
-        ids=frozenset(item for item in stop if isinstance(item, int)),
-        strings=tuple(item for item in stop if isinstance(item, str)),
+        ids=frozenset(item for item in stop_list(stop) if isinstance(item, int)),
+        strings=tuple(item for item in stop_list(stop) if isinstance(item, str)),
         decode=decode,
     )
