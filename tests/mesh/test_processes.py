@@ -20,6 +20,9 @@ from shared.blobs import BlobStore
 from shared.bus import Bus
 from tests.mesh.harness import eventually
 
+# Whole jobs in real processes, killed and started anew: on a busy machine this takes minutes.
+pytestmark = pytest.mark.timeout(400)
+
 JOB = {
     "name": "killed",
     "base_model": "tiny",
