@@ -55,9 +55,7 @@ class Asking:
         record, now = self._records.record, time.monotonic()
         plans = {plan.step: plan for plan in record.evaluating}
         groups = [training_group(record, key) for key in self._training.next(now, training)]
-        groups += [
-            held_out_group(record, plans[key.round], key.index) for key in self._held_out.next(now, held_out)
-        ]  # fmt: skip
+        groups += [held_out_group(record, plans[key.round], key.index) for key in self._held_out.next(now, held_out)]
         return [groups[start : start + AT_ONCE] for start in range(0, len(groups), AT_ONCE)]
 
     async def publish(self, groups: Sequence[PlayGroup]) -> None:

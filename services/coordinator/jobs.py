@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.driver import JobDriver
@@ -123,26 +125,25 @@ class Jobs:
 
     async def _guarded(self, name: str, driver: JobDriver) -> None:
         began = time.monotonic()
+        error = await self._attempt(name, "driven", driver.run(), began)
+        if error is None:
+            return
+        again = await self._attempt(name, "failed", driver.fail(failure_of(error).message), began)
+        if again is not None:  # it stays open, and is tried again
+            self._rest(name, began, again)
+
+    async def _attempt(self, name: str, how: str, work: Coroutine[Any, Any, None], began: float) -> Exception | None:
+        """Do something about a job. What it raises that neither is another's business nor may pass is returned."""
         try:
-            await driver.run()
+            await work
         except LostJob as error:
             log.warning("%s", error)
         except TemporaryError as error:
             self._rest(name, began, error)
-        except Exception as error:
-            log.exception("driving job %s failed", name)
-            await self._fail(name, driver, error, began)
-
-    async def _fail(self, name: str, driver: JobDriver, error: Exception, began: float) -> None:
-        try:
-            await driver.fail(failure_of(error).message)
-        except LostJob as lost:
-            log.warning("%s", lost)
-        except TemporaryError as away:
-            self._rest(name, began, away)
-        except Exception as again:  # it stays open, and is tried again
-            log.exception("job %s could not be failed", name)
-            self._rest(name, began, again)
+        except Exception as error:  # nothing that one job does ends the others
+            log.exception("job %s could not be %s", name, how)
+            return error
+        return None
 
     def _rest(self, name: str, began: float, error: Exception) -> None:
         now = time.monotonic()

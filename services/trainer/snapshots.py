@@ -11,13 +11,15 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
+import msgspec
+
 from services.trainer.config import TrainerConfig
 from services.trainer.engine_thread import EngineThread
 from services.trainer.held import HeldRun
 from services.trainer.metrics import TrainerMetrics
 from services.trainer.residency import Level
 from shared import topology
-from shared.contracts.training import RunRecord, SnapshotRecord
+from shared.contracts.training import SnapshotRecord
 from shared.errors import MeshError
 from shared.node import Node
 
@@ -91,7 +93,7 @@ class Snapshots:
         """Point the run's record to a snapshot, unless the run is no longer ours."""
         name = held.name
         while self._held.get(name) is held:
-            record = _with_snapshot(held.record, snapshot)
+            record = msgspec.structs.replace(held.record, snapshot=snapshot)
             revision = await self._table.update(name, record, held.revision)
             if revision is not None:
                 held.record, held.revision = record, revision
@@ -101,17 +103,6 @@ class Snapshots:
                 return False  # somebody else holds the run, and has written a snapshot of it
             held.record, held.revision = entry.value, entry.revision
         return False
-
-
-def _with_snapshot(record: RunRecord, snapshot: SnapshotRecord) -> RunRecord:
-    return RunRecord(
-        run=record.run,
-        base_model=record.base_model,
-        lora=record.lora,
-        owner=record.owner,
-        snapshot=snapshot,
-        closed=record.closed,
-    )
 
 
 def _state_key(run: str, seq: int, state: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Fixtures of the sampler engine's tests."""
+"""Fixtures of the engines' tests."""
 
 from __future__ import annotations
 
@@ -10,8 +10,19 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from services.sampler.engines.torch_engine import TorchSamplerEngine
+from services.trainer.engines.torch_engine import TorchTrainerEngine
 from tests.engines.sampler_tools import Start
 from tests.engines.tiny import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def engine(model: Path) -> TorchTrainerEngine:
+    return TorchTrainerEngine("tiny", model)
 
 
 @pytest.fixture(scope="module")

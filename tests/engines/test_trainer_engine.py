@@ -43,16 +43,6 @@ from tests.engines.training import (
 STEPS = 5
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def engine(model: Path) -> TorchTrainerEngine:
-    return TorchTrainerEngine("tiny", model)
-
-
 MIXTURES = ["abcd", "efgh", "cfeh", "bdeg"]
 
 

@@ -20,7 +20,7 @@ from shared.errors import PermanentError, UserError
 from shared.models.logprobs import target_logprobs
 from shared.models.packing import Packed
 from tests.engines.reference import some_data
-from tests.engines.tiny import CONTEXT, VOCABULARY, make_tiny_model
+from tests.engines.tiny import CONTEXT, VOCABULARY
 from tests.engines.training import (
     RUNS,
     changed,
@@ -34,17 +34,6 @@ from tests.engines.training import (
     seeing,
     trained,
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def engine(model: Path) -> TorchTrainerEngine:
-    return TorchTrainerEngine("tiny", model)
-
 
 NAN = float("nan")
 

@@ -16,19 +16,8 @@ from shared.contracts.policies import LoraSpec
 from shared.contracts.training import AdamParams, Datum, LossName, LossSpec
 from shared.errors import UserError
 from tests.engines.reference import some_data
-from tests.engines.tiny import VOCABULARY, make_tiny_model
+from tests.engines.tiny import VOCABULARY
 from tests.engines.training import RUNS, changed, close, good, gradient, replaced, trained
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def engine(model: Path) -> TorchTrainerEngine:
-    return TorchTrainerEngine("tiny", model)
-
 
 PPO = LossSpec(name="ppo")
 

@@ -101,7 +101,7 @@ class PassRunner:
         most = self._settings.head_rows
         still, moving = (list(work.chunks(packed, most, moving=flag)) for flag in (False, True))
         # Losses over whole sequences need all of their logprobs before the first chunk of one goes backward.
-        compared = list(work.chunks(packed, most, moving=True, among=work.compared))
+        compared = list(work.chunks(packed, most, moving=True, among=work.compared)) if work.compared.any() else []
         hidden = self._body.forward(packed, trees, states, backward=backward)
         with torch.no_grad():
             for chunk in (*still, *compared):

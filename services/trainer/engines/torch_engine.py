@@ -255,7 +255,7 @@ def _joined(pending: Pending, loss: Loss, state: RunState) -> PassOutcome:
     if not math.isfinite(metrics["loss:sum"]):
         raise _not_finite(f"the loss is {metrics['loss:sum']}")
     if pending.gradient is not None:
-        gathered = pending.gradient if state.gradient is None else state.gradient + pending.gradient
+        gathered = _sum(state.gradient, pending.gradient, state.weights)
         if not gathered.isfinite().all():
             raise _not_finite("the gradient is infinite or NaN")
         state.gradient = gathered

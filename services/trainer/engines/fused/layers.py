@@ -161,18 +161,15 @@ class FusedLayers:
 
 def _weights(layer: nn.Module, joined: Sequence[Any]) -> LayerWeights:
     attention: Any = layer.self_attn
-    norms = (factor(norm) if norm is not None else None for norm in _query_key_norms(attention))
+    norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    norm_q, norm_k = (None if norm is None else factor(norm) for norm in norms)
     return LayerWeights(
         projections=tuple((projection.weight, projection.bias) for projection in joined),
         norm_in=factor(layer.input_layernorm),  # type: ignore[arg-type]
         norm_mlp=factor(layer.post_attention_layernorm),  # type: ignore[arg-type]
-        norm_q=next(norms),
-        norm_k=next(norms),
+        norm_q=norm_q,
+        norm_k=norm_k,
     )
-
-
-def _query_key_norms(attention: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    return getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
 
 
 def _functions(model: PreTrainedModel, options: FusedOptions) -> list[Layer]:

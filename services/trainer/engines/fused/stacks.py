@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 
+import msgspec
 import torch
 from torch import Tensor
 
 from services.trainer.engines.fused.layer import Stack
 from services.trainer.engines.fused.projections import KindShape
 from services.trainer.engines.run_state import RunState
-from shared.contracts.policies import LoraSpec
 from shared.models.lora import Adapter
 
 LARGEST_COPY = 2**28
@@ -36,19 +36,14 @@ def stack_rank(ranks: Sequence[int]) -> int:
 class Stacks:
     """Stacks for up to `places` runs."""
 
-    def __init__(
-        self, shapes: Sequence[KindShape], layers: int, places: int, rank: int, like: Tensor, *, gradients: bool = True
-    ) -> None:
+    def __init__(self, shapes: Sequence[KindShape], layers: int, places: int, rank: int, like: Tensor) -> None:
         """`like` has the model's dtype and device."""
         self.places, self.rank = places, rank
         self._shapes, self._layers = shapes, layers
         self._a = [like.new_zeros(layers, places, len(s.outputs) * rank, s.inputs) for s in shapes]
         self._b = [like.new_zeros(layers, places, sum(s.outputs), len(s.outputs) * rank) for s in shapes]
         self.leaves: list[tuple[Stack, ...]] = [
-            tuple(
-                (a[layer].requires_grad_(gradients), b[layer].requires_grad_(gradients))
-                for a, b in zip(self._a, self._b, strict=True)
-            )
+            tuple((a[layer].requires_grad_(), b[layer].requires_grad_()) for a, b in zip(self._a, self._b, strict=True))
             for layer in range(layers)
         ]
         """For each layer the stack of each kind, as the leaves of a pass."""
@@ -89,7 +84,7 @@ class Stacks:
     def _alike(self, states: Sequence[RunState]) -> Iterator[tuple[int, list[RunState]]]:
         """Yield neighbours whose vectors have one layout, with the place of the first; not too many at a time."""
         first = 0
-        for _, group in groupby(states, lambda state: _layout(state.adapter.spec)):
+        for _, group in groupby(states, lambda state: msgspec.structs.replace(state.adapter.spec, seed=None)):
             alike = list(group)
             most = max(1, LARGEST_COPY // alike[0].weights.numel())
             for start in range(0, len(alike), most):
@@ -116,10 +111,6 @@ class Stacks:
                 yield places_a[:, :, column : column + rank], vectors_a, 1.0
                 vectors_b = span_b.view(runs, self._layers, size, rank).transpose(0, 1)
                 yield places_b[:, :, begin : begin + size, column : column + rank], vectors_b, adapter.scale
-
-
-def _layout(spec: LoraSpec) -> tuple[float | bool, ...]:
-    return spec.rank, spec.alpha, spec.train_attn, spec.train_mlp, spec.train_unembed
 
 
 def _spans(adapter: Adapter) -> dict[str, tuple[slice, slice]]:
