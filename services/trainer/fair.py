@@ -12,7 +12,8 @@ stays above minus two of the largest data; over any time in which tenants i and 
 fits, their tokens divided by their weights differ by a bounded amount, however many runs each has.
 
 Three rules come with passes:
-- A pass goes on until nothing that waits fits into what is left of it.
+- A pass goes on until nothing that waits fits into what is left of it. Room that only tenants in debt could use costs
+  them nothing.
 - A datum whose turn comes and that does not fit goes first into a later pass; those passed over longest go first. So
   large data are never kept out by small ones. A datum larger than the budget gets a pass of its own.
 - A tenant that comes back is visited next. One that goes idle loses its credit but not its debt, so that nobody gains
@@ -21,7 +22,6 @@ Three rules come with passes:
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -169,7 +169,7 @@ class FairPasses:
             if full:
                 return
         if filling.room == before:
-            self._skip_rounds(filling, runs)
+            self._give_away(filling, runs)
 
     def _grant(self, tenant: str, runs: Mapping[str, object], rounds: int) -> None:
         """Credit is at most a pass: what cannot be used for want of room is not saved up without end."""
@@ -182,16 +182,20 @@ class FairPasses:
         for run in in_turn:
             while self._credit[tenant] > 0 and filling.fits(run):
                 self._take(filling, run, tenant)
-        left = [run for run in in_turn if filling.rest(run) is not None]
-        if left and self._credit[tenant] > 0 and not any(run in self._passed_over for run in runs):
-            self._passed_over[left[0]] = None
+            left = self._credit[tenant] > 0 and filling.rest(run) is not None
+            # At its turn, before runs that fit spend the credit: they might do so every time.
+            if left and not any(each in self._passed_over for each in runs):
+                self._passed_over[run] = None
 
-    def _skip_rounds(self, filling: _Filling, runs: Mapping[str, list[str]]) -> None:
-        """Grant at once the rounds in which debts are paid and nobody is served."""
-        rounds = min(
-            math.floor(-self._credit[tenant] / self._quantum(tenant, runs))
-            for tenant, own in runs.items()
-            if any(filling.fits(run) for run in own)
-        )
-        for tenant in self._ring:
-            self._grant(tenant, runs, max(0, rounds))
+    def _give_away(self, filling: _Filling, runs: Mapping[str, list[str]]) -> None:
+        """Serve a datum that fits although its tenant is in debt, to whoever would be out of debt first.
+
+        It costs nothing: nobody else could use the room. If it did, small data of one run would keep the tenant in debt
+        for ever, and its runs of large data waiting.
+        """
+        fitting = {tenant: [run for run in own if filling.fits(run)] for tenant, own in runs.items()}
+        debts = {tenant: -self._credit[tenant] / self._quantum(tenant, runs) for tenant, own in fitting.items() if own}
+        tenant = min(debts, key=lambda each: debts[each])
+        run = min(fitting[tenant], key=lambda each: self._served.get(each, 0))
+        self._credit[tenant] += filling.rest(run) or 0
+        self._take(filling, run, tenant)

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.trainer.fair import FairPasses, Piece
@@ -92,7 +92,19 @@ def test_a_pass_keeps_to_its_budget_and_leaves_no_room_that_anything_fits_into(
         assert all(sum(sizes) + size > 100 for size in left)
 
 
-@settings(max_examples=20)
+def rounds_to_serve(weights: dict[str, float], runs: list[tuple[str, str]], largest: int, budget: int) -> float:
+    """Rounds that grant every tenant enough to serve each of its runs once, beginning with two data's debt."""
+    counts = Counter(tenant for tenant, _ in runs)
+    quanta = {tenant: budget * weight / sum(weights.values()) for tenant, weight in weights.items()}
+    return max(counts[tenant] + (counts[tenant] + 2) * largest / quanta[tenant] for tenant in weights)
+
+
+# A light tenant with much to do; small data of one run in what others leave of every pass; runs that fit beside one
+# that never does.
+@example(1643, 5)
+@example(13305, 3)
+@example(2684877439, 4)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 5))
 def test_no_run_waits_for_ever_beside_others_that_always_have_more(seed: int, tenants: int) -> None:
     draw = random.Random(seed)
@@ -101,7 +113,8 @@ def test_no_run_waits_for_ever_beside_others_that_always_have_more(seed: int, te
     largest = {run: draw.choice([1, 10, 60, 100, 130]) for _, run in runs}
     simulation = Simulation(100, weights, {key: [] for key in runs})
     served: Counter[str] = Counter()
-    for _ in range(300):
+    # Counted in tokens, since passes may hold little. In 58,000 draws every run had been served after 0.54 of these.
+    while simulation.tokens.total() < 100 * rounds_to_serve(weights, runs, 130, 100):
         for key in runs:
             if not simulation.waiting[key]:
                 simulation.waiting[key].append([draw.randint(1, largest[key[1]]) for _ in range(draw.randint(1, 4))])
