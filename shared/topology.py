@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from shared.contracts.checks import CheckEnvironment, CheckReward
 from shared.contracts.episodes import GroupScored, PlayGroup, ScoreGroup
 from shared.contracts.jobs import ControlJob, JobChanged, JobProgressed, JobRecord, JobStanding, Submission, SubmitJob
+from shared.contracts.placement import ScalingDecided
 from shared.contracts.policies import PolicyPublished, PolicyRecord
 from shared.contracts.replicas import ReplicaRecord
 from shared.contracts.results import DeadLetter, DeliveryMark, Result
@@ -150,10 +151,11 @@ POLICIES_PUBLISHED = Channel[PolicyPublished](
 )
 JOB_PROGRESS = Channel[JobProgressed]("progress", "rl.v1.events.progress.{job}", JobProgressed, EVENTS, json=True)
 JOB_PHASES = Channel[JobChanged]("phases", "rl.v1.events.job.{job}", JobChanged, EVENTS, json=True)
+SCALING = Channel[ScalingDecided]("scaling", "rl.v1.events.scaling.{group}", ScalingDecided, EVENTS, json=True)
 DEAD_LETTERS = Channel[DeadLetter]("dead_letters", "rl.v1.dead.{stream}", DeadLetter, DEAD)
 CHANNELS: tuple[Channel[Any], ...] = (
     SUBMIT, CANCEL, PAUSE, RESUME, DELETE, ENVIRONMENT_CHECKS, REWARD_CHECKS, OPERATIONS, SAMPLES, GROUPS, PLAYED,
-    SCORED, ANSWERS, POLICIES_PUBLISHED, JOB_PROGRESS, JOB_PHASES, DEAD_LETTERS,
+    SCORED, ANSWERS, POLICIES_PUBLISHED, JOB_PROGRESS, JOB_PHASES, SCALING, DEAD_LETTERS,
 )  # fmt: skip
 
 
