@@ -102,6 +102,19 @@ class Channel(Generic[T]):
         """The subject with every part open."""
         return re.sub(r"\{\w+\}", "*", self.template)
 
+    @property
+    def below(self) -> str:
+        """The pattern of all subjects that begin as this channel's do, whatever follows their first part."""
+        return f"{self._fixed}>"
+
+    def part(self, subject: str) -> str:
+        """What fills the first part of a subject."""
+        return untoken(subject.removeprefix(self._fixed).partition(".")[0])
+
+    @property
+    def _fixed(self) -> str:
+        return self.template.partition("{")[0]
+
 
 def token(text: str) -> str:
     """Make any text one subject token, file name and KV key: what is special becomes `=` and its hexadecimal code.
