@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit mesh format clean
+.PHONY: help install prometheus dashboards demo test lint types unit mesh format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -21,6 +21,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,environments,dev]'
 	@touch $@
+
+# Unpacked beside our Python rather than installed: no root, no service that starts by itself. Needs Debian or Ubuntu.
+prometheus: $(STAMP) ## Put Prometheus into .venv, for `openrl up --prometheus` and its tests
+	@command -v prometheus promtool >/dev/null || [ -x $(BIN)/prometheus ] || ( set -e; cd $(VENV); rm -rf prometheus; \
+		mkdir prometheus; cd prometheus; \
+		apt-get download -q prometheus || { apt-get update -q && apt-get download -q prometheus; }; \
+		dpkg-deb -x prometheus_*.deb .; cp usr/bin/prometheus usr/bin/promtool ../bin/ ) || \
+		echo "Prometheus cannot be had here; its tests will be skipped. Install it yourself to run them." >&2
+
+dashboards: $(STAMP) ## Write dashboards/json anew
+	$(BIN)/python -m dashboards.build
 
 demo: $(STAMP) ## Train a real model by reinforcement learning, and see it learn
 	$(BIN)/openrl demo

@@ -22,10 +22,11 @@ from typing import Any
 from aiohttp import web
 from opentelemetry import context as trace_context
 from opentelemetry import propagate, trace
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.aiohttp import make_aiohttp_handler
 
 from shared.errors import UserError
+from shared.metrics import Registry
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class Telemetry:
     """Metrics and health of one service, at `/metrics` and `/healthz`."""
 
     def __init__(self, service: str, replica: str) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = Registry()
         """A registry of its own, so that several services fit into one process."""
         self.healthy: Callable[[], str | None] = lambda: "starting"
         """Says what is wrong; None: nothing."""

@@ -81,6 +81,8 @@ async def running(service: str, config: ConfigT, build: Build[ConfigT]) -> Async
             drain_seconds=config.drain_seconds,
         )
         running_service = build(config, node)
+        if running_service.base_model is not None:
+            telemetry.registry.labels["base_model"] = running_service.base_model
         presence = Presence(node, running_service, config.host, port)
         stack.push_async_callback(presence.leave)
         await presence.announce()

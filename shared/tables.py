@@ -136,6 +136,19 @@ class Table(Generic[T]):
             if (change := self._change(item)) is not None and change.value is not None:
                 found.append(Entry(change.key, change.value, place))
 
+    async def keys(self) -> set[tuple[str, ...]]:
+        """The keys of all entries, in one question. One that was deleted may still be among them until it expires.
+
+        Raise `TemporaryError`.
+        """
+        try:
+            info = await self._bus.stream_context.stream_info(self._stream, subjects_filter=f"{self._prefix}>")
+        except (*AWAY, *CLOSED, js_errors.APIError) as error:
+            raise TemporaryError(
+                f"bucket {self._bucket.name} does not answer: {error or type(error).__name__}"
+            ) from None
+        return {self._key_of(subject) for subject in info.state.subjects or {}}
+
     async def put(self, key: Key, value: T) -> int:
         """Write, whatever was there. Returns the revision."""
         return await self._write(key, value, {})

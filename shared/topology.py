@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
+from shared.contracts.checkpoints import CheckpointRecord
 from shared.contracts.checks import CheckEnvironment, CheckReward
 from shared.contracts.episodes import GroupScored, PlayGroup, ScoreGroup
 from shared.contracts.jobs import ControlJob, JobChanged, JobProgressed, JobRecord, JobStanding, Submission, SubmitJob
 from shared.contracts.placement import ScalingDecided
-from shared.contracts.policies import PolicyPublished, PolicyRecord
+from shared.contracts.policies import PolicyPublished, PolicyRecord, PolicyRef
 from shared.contracts.replicas import ReplicaRecord
 from shared.contracts.results import DeadLetter, DeliveryMark, Result
 from shared.contracts.sampling import SampleRequest
+from shared.contracts.sessions import Heartbeat, RunActivity, SamplerRecord, SessionRecord
+from shared.contracts.tenants import Audited, KeyRecord, TenantRecord, UsageRecorded
 from shared.contracts.training import AnyOperation, Lease, RunRecord
 from shared.errors import TemporaryError, UserError
 
@@ -72,7 +75,9 @@ ROLLOUTS = Stream(
 RESULTS = Stream("RESULTS", ("rl.v1.results.>",), Kept.BY_LIMITS, max_age=HOUR, max_bytes=1024 * MIB, drops_oldest=True)
 EVENTS = Stream("EVENTS", ("rl.v1.events.>",), Kept.BY_LIMITS, max_age=7 * DAY, drops_oldest=True)
 DEAD = Stream("DEAD", ("rl.v1.dead.>",), Kept.BY_LIMITS, max_age=30 * DAY, drops_oldest=True)
-STREAMS = (JOBS, CHECKS, TRAIN, SAMPLE, EPISODES, SCORES, ROLLOUTS, RESULTS, EVENTS, DEAD)
+USAGE = Stream("USAGE", ("rl.v1.usage.*",), Kept.BY_LIMITS, max_age=400 * DAY, drops_oldest=True)
+AUDIT = Stream("AUDIT", ("rl.v1.audit.*",), Kept.BY_LIMITS, max_age=400 * DAY, drops_oldest=True)
+STREAMS = (JOBS, CHECKS, TRAIN, SAMPLE, EPISODES, SCORES, ROLLOUTS, RESULTS, EVENTS, DEAD, USAGE, AUDIT)
 MOST_BYTES = sum(stream.max_bytes for stream in STREAMS)
 """What a nats-server must be allowed to store."""
 
@@ -97,6 +102,19 @@ class Channel(Generic[T]):
     def pattern(self) -> str:
         """The subject with every part open."""
         return re.sub(r"\{\w+\}", "*", self.template)
+
+    @property
+    def below(self) -> str:
+        """The pattern of all subjects that begin as this channel's do, whatever follows their first part."""
+        return f"{self._fixed}>"
+
+    def part(self, subject: str) -> str:
+        """What fills the first part of a subject."""
+        return untoken(subject.removeprefix(self._fixed).partition(".")[0])
+
+    @property
+    def _fixed(self) -> str:
+        return self.template.partition("{")[0]
 
 
 def token(text: str) -> str:
@@ -153,9 +171,11 @@ JOB_PROGRESS = Channel[JobProgressed]("progress", "rl.v1.events.progress.{job}",
 JOB_PHASES = Channel[JobChanged]("phases", "rl.v1.events.job.{job}", JobChanged, EVENTS, json=True)
 SCALING = Channel[ScalingDecided]("scaling", "rl.v1.events.scaling.{group}", ScalingDecided, EVENTS, json=True)
 DEAD_LETTERS = Channel[DeadLetter]("dead_letters", "rl.v1.dead.{stream}", DeadLetter, DEAD)
+USED = Channel[UsageRecorded]("usage", "rl.v1.usage.{owner}", UsageRecorded, USAGE, json=True)
+AUDITS = Channel[Audited]("audit", "rl.v1.audit.{owner}", Audited, AUDIT, json=True)
 CHANNELS: tuple[Channel[Any], ...] = (
     SUBMIT, CANCEL, PAUSE, RESUME, DELETE, ENVIRONMENT_CHECKS, REWARD_CHECKS, OPERATIONS, SAMPLES, GROUPS, PLAYED,
-    SCORED, ANSWERS, POLICIES_PUBLISHED, JOB_PROGRESS, JOB_PHASES, SCALING, DEAD_LETTERS,
+    SCORED, ANSWERS, POLICIES_PUBLISHED, JOB_PROGRESS, JOB_PHASES, SCALING, DEAD_LETTERS, USED, AUDITS,
 )  # fmt: skip
 
 
@@ -238,4 +258,19 @@ SUBMISSIONS = Bucket("submissions", Submission, ttl=JOBS.max_age)
 LEASES = Bucket("leases", Lease, ttl=10.0)
 REPLICAS = Bucket("replicas", ReplicaRecord, ttl=10.0)
 DELIVERIES = Bucket("deliveries", DeliveryMark, ttl=HOUR)
-BUCKETS: tuple[Bucket[Any], ...] = (RUNS, JOB_RECORDS, SUBMISSIONS, POLICIES, LEASES, REPLICAS, DELIVERIES)
+CHECKPOINTS = Bucket("checkpoints", CheckpointRecord)
+INFLIGHT = Bucket("inflight", PolicyRef)
+"""By run: the policy that samples in flight. Its version only grows."""
+SESSIONS = Bucket("sessions", SessionRecord)
+HEARTBEATS = Bucket("heartbeats", Heartbeat, ttl=15 * 60.0)
+SAMPLERS = Bucket("samplers", SamplerRecord)
+ACTIVITY = Bucket("activity", RunActivity)
+TENANTS = Bucket("tenants", TenantRecord)
+KEYS = Bucket("keys", KeyRecord)
+"""By SHA-256 of the key, in hexadecimal."""
+ALIASES = Bucket("aliases", str)
+"""Other names of models: alias to the name under which the model is served."""
+BUCKETS: tuple[Bucket[Any], ...] = (
+    RUNS, JOB_RECORDS, SUBMISSIONS, POLICIES, LEASES, REPLICAS, DELIVERIES, CHECKPOINTS, INFLIGHT, SESSIONS,
+    HEARTBEATS, SAMPLERS, ACTIVITY, TENANTS, KEYS, ALIASES,
+)  # fmt: skip

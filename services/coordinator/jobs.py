@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from services.coordinator.metrics import CoordinatorMetrics
 from services.coordinator.policy import MOST_REST, retry_seconds
 from services.coordinator.records import LostJob, Records
 from shared import observe, topology
-from shared.contracts.jobs import FINISHED, JobRecord
+from shared.contracts.jobs import FINISHED, JobPhase, JobRecord
 from shared.errors import MeshError, TemporaryError, failure_of
 from shared.leases import Key, Leases
 from shared.node import Node
@@ -25,6 +26,7 @@ from shared.tasks import cancelled
 log = logging.getLogger(__name__)
 
 CLAIM_SECONDS = 1.0
+PHASES: tuple[JobPhase, ...] = ("queued", "running", "paused")
 MOST_PUBLISHES = 64
 """Groups that are being published at the same time, for all jobs: leases and presence must get through beside them."""
 
@@ -46,6 +48,8 @@ class Jobs:
         self._changed = asyncio.Event()
         self._looking: list[asyncio.Task[None]] = []
         self._leases = Leases(node.bus, node.replica, node.tasks, self._lost)
+        for phase in PHASES:
+            metrics.open.labels(phase).set_function(partial(self._count, phase))
 
     def start(self) -> None:
         """Begin to look for jobs."""
@@ -119,6 +123,7 @@ class Jobs:
         finally:
             del self.drivers[name]
             self._running.pop(name, None)
+            self._metrics.left(name)
             self._metrics.running.set(len(self.drivers))
             self._changed.set()
         await self._release(name)
@@ -157,6 +162,9 @@ class Jobs:
             await self._leases.release(("job", name))
         except MeshError as error:
             log.warning("the lease of job %s was not released, and will expire: %s", name, error, extra={"job": name})
+
+    def _count(self, phase: JobPhase) -> int:
+        return sum(record.phase == phase for record in self._open.values())
 
     def _lost(self, key: Key) -> None:
         if (task := self._running.get(key[1])) is not None:

@@ -122,7 +122,7 @@ class Records:
         """End the job: no more operations come for its run."""
         await self._close_run()
         await self.enter(phase, reason)
-        self._metrics.finished.labels(phase).inc()
+        self._metrics.ended(self.job, phase)
 
     async def create_run(self) -> None:
         """Make the job's run known to trainers, unless that was done before."""

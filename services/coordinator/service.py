@@ -6,6 +6,7 @@
 | jobs | bucket `jobs` | a job that is open | a submission, an owner's wish |
 | claims | open jobs that nobody drives | a lease | expiry of a killed coordinator's lease; the end of a job's rest |
 | a job | see `services.coordinator.driver` | | |
+| bus | sizes of streams and queues, for the metrics; bucket `runs` | two seconds | the clock |
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from services.coordinator.bus_watch import BusWatch
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.deletion import Deletions
 from services.coordinator.handlers import Controls, Submissions
@@ -38,6 +40,7 @@ class CoordinatorService:
         self._node = node
         metrics = CoordinatorMetrics(node.telemetry.registry)
         self._jobs = Jobs(node, config, metrics)
+        self._bus_watch = BusWatch(node, metrics)
         self._workers: list[Worker[Any]] = [
             self._worker(topology.SUBMIT, Submissions(node.bus, metrics)),
             self._worker(topology.CANCEL, Controls(node.bus, "cancel")),
@@ -53,6 +56,7 @@ class CoordinatorService:
     async def start(self) -> None:
         """Take commands and drive jobs."""
         self._jobs.start()
+        self._bus_watch.start()
         for worker in self._workers:
             self._node.tasks.start("commands", worker.run())
         self._node.tasks.start("sweep", self._sweep())

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from services.local import doctor as doctor_checks
-from services.local import job_commands, logs, models, status
+from services.local import job_commands, logs, models, prometheus, status
 from services.local.config import DEFAULT_PORT, mesh_commands
 from services.local.demo import SPEC, Demo, ensure_model, run_demo
 from services.local.job_commands import Data, Json, paths_of, showing
@@ -85,16 +85,26 @@ def up(
     port: Port = DEFAULT_PORT,
     device: Device = "auto",
     detach: Detach = False,
+    with_prometheus: Annotated[
+        bool, typer.Option("--prometheus", help="Run Prometheus too, with our rules; GPU metrics where there is one.")
+    ] = False,
+    prometheus_port: Annotated[
+        int, typer.Option(help="Where it answers on 127.0.0.1. 0: any free port.")
+    ] = prometheus.DEFAULT_PORT,
 ) -> None:
     """Start the whole mesh and keep it running until Ctrl-C or `openrl down`. Unfinished jobs go on."""
     paths = paths_of(data)
     check_device(device)
     commands = mesh_commands(paths, models.chosen(paths, model or []), device=device)
+    beside = prometheus.Prometheus(paths, port=prometheus_port) if with_prometheus else None
+    if beside is not None:
+        commands += prometheus.gpu_commands()
     if not detach:
-        run_up(paths, commands, port=port, echo=typer.echo)
+        run_up(paths, commands, port=port, echo=typer.echo, prometheus=beside)
         return
     named = [argument for name in model or [] for argument in ("--model", name)]
     own = [sys.executable, "-m", "services.local", "up", "--data", str(paths.root), "--port", str(port)]
+    own += ["--prometheus", "--prometheus-port", str(prometheus_port)] if with_prometheus else []
     sys.exit(run_detached(paths, [*own, "--device", device, *named], echo=typer.echo))
 
 

@@ -34,15 +34,19 @@ class Observer:
     ) -> None:
         await self._http.close()
 
-    async def look(self, children: Sequence[Child]) -> None:
-        """Tell each child what is seen of it. While the bus is away nothing is: services wait for it too."""
+    async def look(self, children: Sequence[Child]) -> Mapping[str, ReplicaRecord] | None:
+        """Tell each child what is seen of it, and return all replicas that are there, by name.
+
+        While the bus is away nothing is seen, None is returned: services wait for it too.
+        """
         if not self._bus.connected:
-            return
+            return None
         try:
             records = await replicas(self._bus)
         except MeshError:
-            return
+            return None
         await asyncio.gather(*(self._look_at(child, records) for child in children))
+        return records
 
     async def _look_at(self, child: Child, records: Mapping[str, ReplicaRecord]) -> None:
         record = records.get(child.name)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from services.local.config import Paths, ServiceCommand
 from services.local.orphans import end_orphans
+from services.local.prometheus import Prometheus
 from services.local.state import held_lock, lock_holder, read_state, running_state
 from services.local.supervisor import Supervisor, Tell
 from shared.errors import PermanentError
@@ -31,14 +32,23 @@ POLL_SECONDS = 0.05
 log = logging.getLogger(__name__)
 
 
-def run_up(paths: Paths, commands: Sequence[ServiceCommand], *, port: int, echo: Tell) -> None:
-    """Run the mesh until SIGTERM or Ctrl-C. Raise as `Supervisor.running`."""
+def run_up(
+    paths: Paths,
+    commands: Sequence[ServiceCommand],
+    *,
+    port: int,
+    echo: Tell,
+    prometheus: Prometheus | None = None,
+) -> None:
+    """Run the mesh until SIGTERM or Ctrl-C, and Prometheus beside it. Raise as `Supervisor.running`."""
     paths.make()
     tell = told_and_logged(paths, echo)
 
     async def stay() -> None:
-        supervisor = Supervisor(paths, commands, port=port, tell=tell)
+        supervisor = Supervisor(paths, commands, port=port, tell=tell, prometheus=prometheus)
         async with supervisor.running():
+            if prometheus is not None:
+                tell(f"Prometheus answers at {prometheus.url}")
             tell(f"the mesh is ready on {paths.root} at {supervisor.nats_url}; Ctrl-C or `openrl down` ends it")
             await supervisor.wait()
 

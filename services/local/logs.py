@@ -24,6 +24,7 @@ FOLLOW_SECONDS = 0.25
 NATS = "nats-server"
 _NATS_LINE = re.compile(r"^\[\d+\] (\d{4}/\d\d/\d\d \d\d:\d\d:\d\d\.\d+) \[(\w+)\] (.*)$")
 _NATS_LEVELS = {"INF": "info", "WRN": "warning", "ERR": "error", "FTL": "error", "DBG": "debug", "TRC": "debug"}
+_PROMETHEUS_FIELDS = {"ts": "time", "msg": "message", "err": "error"}
 TRACEBACK = "Traceback (most recent call last):"
 _MANY = ("sampler", "trainer")
 """Services of which there is a replica for each model, called by it."""
@@ -61,6 +62,7 @@ def parse(raw: str, source: str, previous: float = 0.0) -> Line:
     with contextlib.suppress(ValueError):
         fields = json.loads(raw)
         if isinstance(fields, dict):
+            fields = _our_names(fields)
             return Line(_time(fields, previous), source, fields)
     when, level, message, bare = previous, "info", raw.rstrip(), True
     if found := _NATS_LINE.match(raw):
@@ -72,6 +74,11 @@ def parse(raw: str, source: str, previous: float = 0.0) -> Line:
     if bare and message.startswith(TRACEBACK):
         fields |= {"level": "error", "message": message.splitlines()[-1], "error": message}
     return Line(when, source, fields, bare)
+
+
+def _our_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """Prometheus names them otherwise."""
+    return {_PROMETHEUS_FIELDS.get(name, name): value for name, value in fields.items()}
 
 
 def service_of(replica: str) -> str:

@@ -21,7 +21,7 @@ BUCKET_ROOM = 1 << 30
 HIGHEST_PORT = 65535
 
 
-def check_port(port: int) -> None:
+def check_port(port: int, option: str = "--port") -> None:
     """Raise `UserError` if nobody could listen on this port of the loopback interface. 0 is always fine."""
     if not 0 <= port <= HIGHEST_PORT:
         raise UserError(f"port {port} does not exist: choose one from 1 to {HIGHEST_PORT}, or 0 for any free one")
@@ -33,7 +33,7 @@ def check_port(port: int) -> None:
         except OSError as error:
             why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
             raise UserError(
-                f"port {port} on 127.0.0.1 {why}: choose another with --port, or 0 for any free one"
+                f"port {port} on 127.0.0.1 {why}: choose another with {option}, or 0 for any free one"
             ) from None
 
 

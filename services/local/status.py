@@ -11,6 +11,7 @@ from services.local.config import Paths
 from services.local.health import replicas
 from services.local.machine import readable, tree_size
 from services.local.printing import duration, job_summary, shortened, table
+from services.local.prometheus import NAME as PROMETHEUS
 from services.local.state import MeshState, ServiceState, running_state
 from shared.contracts.jobs import FINISHED
 from shared.contracts.replicas import ReplicaRecord
@@ -51,7 +52,7 @@ def text(answer: dict[str, Any], *, all_jobs: bool = False) -> str:
         return f"no mesh is running on {answer['data']}\n{room}"
     heading = (
         f"mesh on {answer['data']}, {answer['phase']}, up for {duration(answer['uptime_s'])}, process {answer['pid']}\n"
-        f"nats  {answer['nats_url']}\n{room}"
+        f"nats  {answer['nats_url']}\n{_prometheus(answer['services'])}{room}"
     )
     parts = [heading, _services(answer["services"])]
     if answer["jobs"]:
@@ -59,6 +60,12 @@ def text(answer: dict[str, Any], *, all_jobs: bool = False) -> str:
     if answer["problem"]:
         parts.append(answer["problem"])
     return "\n\n".join(parts)
+
+
+def _prometheus(services: list[dict[str, Any]]) -> str:
+    """A line with its address, if it runs."""
+    ports = [each["port"] for each in services if each["service"] == PROMETHEUS and each["pid"]]
+    return f"prometheus  http://127.0.0.1:{ports[0]}\n" if ports else ""
 
 
 def _jobs(jobs: list[dict[str, Any]], *, all_jobs: bool) -> str:

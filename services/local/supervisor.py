@@ -29,6 +29,7 @@ from services.local.machine import check_port, readable, store_limit, streams_si
 from services.local.nats_server import NatsServer
 from services.local.orphans import end_orphans
 from services.local.processes import Child, Process, Program, guarded, spawn, stop_all
+from services.local.prometheus import Prometheus
 from services.local.state import MeshState, Phase, held_lock, read_state, write_state
 from shared.blobs import BlobStore
 from shared.bus import Bus
@@ -61,19 +62,26 @@ class Supervisor:
         port: int = DEFAULT_PORT,
         tell: Tell,
         start_seconds: float = START_SECONDS,
+        prometheus: Prometheus | None = None,
     ) -> None:
-        """`port` is the bus's, 0 for a free one. `tell` is given what people should know, a line at a time."""
+        """`port` is the bus's, 0 for a free one. `tell` is given what people should know, a line at a time.
+
+        `prometheus` is kept running too, and told which replicas there are.
+        """
         self.nats_url = ""
         self._paths = paths
         self._commands = commands
         self._port = port
         self._tell = tell
         self._start_seconds = start_seconds
+        self._prometheus = prometheus
         self._started = time.time()
         self._phase: Phase = "starting"
         self._tasks = Tasks("supervisor")
         self._children: list[Child] = []
         """nats-server first."""
+        self._services: list[Child] = []
+        """Those of them that are on the bus."""
         self._keepers: list[asyncio.Task[None]] = []
         self._observing: asyncio.Task[None] | None = None
         self._bus: Bus | None = None
@@ -117,6 +125,8 @@ class Supervisor:
         check_port(self._port)
         await self._start_nats()
         self._bus = await Bus.connect(self.nats_url, BlobStore(str(self._paths.blobs)), name="supervisor")
+        if self._prometheus is not None:
+            self._keep(self._prometheus.program())
         for command in self._commands:
             self._start_service(command)
         await self._unless_failed(self._all_ready(self._bus))
@@ -164,7 +174,7 @@ class Supervisor:
         }
         write_toml(config, common | dict(command.config))
         model = command.config.get("base_model")
-        self._keep(
+        child = self._keep(
             Program(
                 name=command.name,
                 service=command.service,
@@ -174,11 +184,13 @@ class Supervisor:
                 base_model=str(model) if model else None,
             )
         )
+        self._services.append(child)
 
-    def _keep(self, program: Program, running: Process | None = None) -> None:
+    def _keep(self, program: Program, running: Process | None = None) -> Child:
         child = Child(program, tell=self._tell, changed=self._save)
         self._children.append(child)
         self._keepers.append(self._tasks.start(program.name, child.keep(running)))
+        return child
 
     async def _unless_failed(self, work: Coroutine[None, None, None]) -> None:
         """Do the work, or raise what makes the supervisor itself fail meanwhile."""
@@ -201,7 +213,7 @@ class Supervisor:
                 if now() > remind:
                     remind = now() + REMIND_SECONDS
                     self._tell(f"waiting for {', '.join(waiting)}")
-                await observer.look(self._children[1:])
+                await self._look(observer)
                 await asyncio.sleep(STARTING_INTERVAL)
 
     # -- while it runs -------------------------------------------------------------------------------------------
@@ -210,9 +222,15 @@ class Supervisor:
         async with Observer(bus) as observer:
             while True:
                 await asyncio.sleep(RUNNING_INTERVAL)
-                await observer.look(self._children[1:])
+                await self._look(observer)
                 for command in self._commands:
                     rotate(self._paths.log(command.name))
+
+    async def _look(self, observer: Observer) -> None:
+        records = await observer.look(self._services)
+        if self._prometheus is not None and records is not None:
+            with contextlib.suppress(OSError):  # a full disk: the next look writes it
+                self._prometheus.show(records.values())
 
     def _become(self, phase: Phase) -> None:
         self._phase = phase

@@ -50,11 +50,14 @@ class SampleHandler:
                 return None
 
     async def _result(self, request: SampleRequest) -> SampleResult:
-        async with self._policies.using(request.policy):
-            self._engine.check(request)
-            return await self._engine.generate(request)
+        with self._metrics.request():
+            async with self._policies.using(request.policy):
+                self._engine.check(request)
+                with self._metrics.busy:
+                    return await self._engine.generate(request)
 
     def _count(self, request: SampleRequest, result: SampleResult) -> None:
         self._metrics.queue_seconds.observe(result.queue_seconds)
+        self._metrics.sequences.inc(len(result.sequences))
         self._metrics.tokens.labels("prompt").inc(len(request.prompt))
         self._metrics.tokens.labels("sampled").inc(sum(len(sequence.tokens) for sequence in result.sequences))

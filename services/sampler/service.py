@@ -45,7 +45,7 @@ class SamplerService:
         self.offers: Sequence[str] = context_offers(Path(config.model_dir))
         self._node = node
         self._engine = make_engine(config)
-        self._metrics = SamplerMetrics(node.telemetry.registry, self._engine)
+        self._metrics = SamplerMetrics(node.telemetry.registry, self._engine, config.max_sequences)
         files = PolicyFiles(node.bus, config.base_model)
         self._policies = Policies(self._engine, files.fetch, node.tasks, self._metrics.policy_seconds)
         self._abandoned = Abandoned()

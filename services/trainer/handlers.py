@@ -57,10 +57,11 @@ class Operations:
         outcomes = await self._engine.call(self._engine.engine.forward_backward, items)
         self._metrics.pass_seconds.observe(time.monotonic() - started)
         self._metrics.pass_runs.observe(len(items))
+        self._metrics.pass_tokens.observe(sum(len(datum.tokens) for item in items for datum in item.data))
         self._metrics.passes.inc()
         done = []
         for held, piece, item, outcome in zip(runs, pieces, items, outcomes, strict=True):
-            self._metrics.tokens.labels(held.record.owner).inc(sum(len(datum.tokens) for datum in item.data))
+            self._metrics.took(held.record.owner, sum(len(datum.tokens) for datum in item.data))
             if isinstance(outcome.error, NoRoom):
                 self._finish(held, await self._alone(held, outcome))
             elif outcome.error is None and not piece.last:

@@ -36,6 +36,8 @@ class HeldRun:
     """Monotonic time until which its head waits after a temporary error."""
     stuck: tuple[int, float] = (-1, 0.0)
     """The seq that has not come though later ones have, and the monotonic time when that was noticed."""
+    arrived: dict[int, float] = field(default_factory=dict)
+    """By seq of what waits in the backlog: the monotonic time when it was read."""
     reader: asyncio.Task[None] | None = None
     room: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when an operation left the backlog."""
@@ -63,6 +65,7 @@ class HeldRun:
 
     def finish_head(self) -> None:
         """The head has been executed, or refused."""
+        self.arrived.pop(self.backlog.next_seq, None)
         self.backlog.done()
         self.data_done = 0
         self.done_since_snapshot += 1

@@ -80,7 +80,9 @@ class Logs:
             self._refuse(delivery, UserError(f"it says that it is of run {operation.run!r}, not {held.name!r}"))
             return
         offered = held.backlog.offer(operation.seq, delivery, delivery.seq)
-        if offered is Offered.HOLE:
+        if offered is Offered.WAITING:
+            held.arrived[operation.seq] = time.monotonic()
+        elif offered is Offered.HOLE:
             text = f"its seq {operation.seq} was used up by a message that could not be read: send it with a later one"
             self._refuse(delivery, UserError(text))
         elif offered is Offered.DONE_BEFORE and held.broken is not None:

@@ -107,6 +107,7 @@ class Places:
             await self._evict(name)
 
     async def _bring(self, held: HeldRun, keep: set[str]) -> None:
+        began = time.monotonic()
         if held.level is Level.HOST:
             await self._in_room(held, lambda: self._engine.engine.bring_back(held.name), {*keep, held.name})
         elif held.level is Level.STORE:
@@ -114,6 +115,7 @@ class Places:
             await self._in_room(held, lambda: self._engine.engine.restore(held.name, state), {*keep, held.name})
         if _is_away(held):
             self._metrics.loads.labels(held.level.value).inc()
+            self._metrics.load_seconds.labels(held.level.value).observe(time.monotonic() - began)
             await self._arrived(held)
         held.used_at = time.monotonic()
 

@@ -60,6 +60,8 @@ class TrainerService:
         self._held = held
         self._scheduler = Scheduler(config.max_pass_tokens, config.tenant_weights)
         self._metrics = TrainerMetrics(node.telemetry.registry, held.values)
+        self._metrics.run_slots.set(config.max_runs)
+        self._metrics.resident_slots.set(config.max_resident_runs)
         answers = Answers(node)
         snapshots = Snapshots(node, config, self._engine, self._metrics, held, answers.settled)
         self._snapshots = snapshots
@@ -99,9 +101,8 @@ class TrainerService:
             async with self._executing:
                 turn = self._scheduler.next_turn(self._heads())
                 if turn is not None:
-                    started = time.monotonic()
-                    await self._take(turn)
-                    self._metrics.busy_seconds.inc(time.monotonic() - started)
+                    with self._metrics.busy:
+                        await self._take(turn)
                     continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RETRY_LOOK if self._anything_waits() else None):

@@ -66,6 +66,8 @@ class SampleRequest(Contract):
     prompt_logprobs_last_n: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """Compute `prompt_logprobs` and `topk_prompt_logprobs` for the last n prompt positions only. The results have the
     same shape; the other positions are missing in them."""
+    session: str = ""
+    """Of the client that asks; what it uses is counted there. Empty: a job's."""
 
 
 class TopLogprobs(Contract):

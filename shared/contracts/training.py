@@ -6,13 +6,14 @@ operation still uses up its seq. Losses and their formulas are in `shared.models
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from shared.contracts.arrays import Float32s, Int32s
-from shared.contracts.base import Contract, Strict
+from shared.contracts.base import Contract, Failure, Strict
 from shared.contracts.blobs import BlobRef
+from shared.contracts.checkpoints import CheckpointKey, CheckpointRecord, SaveSpec
 from shared.contracts.policies import LoraSpec, PolicyRecord
 
 LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"]
@@ -71,10 +72,14 @@ class Operation(Contract, tag_field="op", kw_only=True):
 
 
 class CreateRun(Operation, tag="create", kw_only=True):
-    """Begin a run with a fresh adapter. Always seq 0."""
+    """Begin a run with a fresh adapter, or with a checkpoint's. Always seq 0."""
 
     base_model: str
     lora: LoraSpec = LoraSpec()
+    source: CheckpointKey | None = None
+    """A training checkpoint to begin with, of any run of the same base model. None: a fresh adapter."""
+    optimizer: bool = False
+    """Take over the checkpoint's optimizer too, not only its weights."""
 
 
 class ForwardBackward(Operation, tag="forward_backward", kw_only=True):
@@ -95,15 +100,46 @@ class SavePolicy(Operation, tag="save_policy", kw_only=True):
     """Publish the present weights as the immutable policy `run@version`."""
 
     version: Annotated[int, msgspec.Meta(ge=0)]
+    checkpoint: SaveSpec | None = None
+    """Also record it as a sampler checkpoint of this name. None: it serves only whoever knows its version."""
+    inflight: bool = False
+    """Also make it the run's policy for sampling in flight."""
 
 
 class SaveState(Operation, tag="save_state", kw_only=True):
     """Write a checkpoint of weights and optimizer under a name, to load or to resume from."""
 
     name: str
+    checkpoint: SaveSpec | None = None
+    """Record it in the `checkpoints` bucket. None: whoever reads the answer keeps the reference."""
 
 
-AnyOperation = CreateRun | ForwardBackward | OptimStep | SavePolicy | SaveState
+class SaveExternal(Operation, tag="save_external", kw_only=True):
+    """Write the present weights as PEFT's files, to be downloaded."""
+
+    checkpoint: SaveSpec
+    recipients: list[str] = []
+    """Public keys of age (age-encryption.org/v1): the files are encrypted for all of these. Empty: not encrypted."""
+
+
+class LoadState(Operation, tag="load_state", kw_only=True):
+    """Replace the run's weights by those of a training checkpoint of the same base model and shape of adapter.
+
+    A gathered gradient is dropped.
+    """
+
+    source: CheckpointKey
+    optimizer: bool = False
+    """Take over the optimizer too. Otherwise it begins anew."""
+
+
+class Refused(Operation, tag="refused", kw_only=True):
+    """An operation that was refused before it came here. It uses up its seq, and its asker is told why."""
+
+    failure: Failure
+
+
+AnyOperation = CreateRun | ForwardBackward | OptimStep | SavePolicy | SaveState | SaveExternal | LoadState | Refused
 
 
 class OperationResult(Contract, tag_field="kind", tag="operation"):
@@ -118,6 +154,8 @@ class OperationResult(Contract, tag_field="kind", tag="operation"):
     """Of `targets`, and as many: one array of N, or of N * K, for each datum."""
     policy: PolicyRecord | None = None
     checkpoint: BlobRef | None = None
+    recorded: CheckpointRecord | None = None
+    """The checkpoint that an operation with a `SaveSpec` recorded."""
 
 
 class SnapshotRecord(Contract):
@@ -139,6 +177,11 @@ class RunRecord(Contract):
     snapshot: SnapshotRecord | None = None
     closed: bool = False
     """No more operations come: trainers let go of it."""
+    session: str = ""
+    """Of the client that made it. Empty: a job's."""
+    created: float = 0.0
+    """Seconds since the epoch."""
+    user_metadata: dict[str, Any] = {}
 
 
 class Lease(Contract):

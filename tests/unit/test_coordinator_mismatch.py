@@ -67,6 +67,6 @@ def test_it_is_a_metric_of_the_job() -> None:
     registry = CollectorRegistry()
     metrics = CoordinatorMetrics(registry)
     metrics.stepped("j", StepReport(step=1, reward=0.0))
-    assert registry.get_sample_value("openrl_job_logprob_mismatch", {"job": "j"}) is None
+    assert registry.get_sample_value("openrl_job_logprob_mismatch", {"job_id": "j"}) is None
     metrics.stepped("j", StepReport(step=2, reward=0.0, metrics={MISMATCH: 1e-6}))
-    assert registry.get_sample_value("openrl_job_logprob_mismatch", {"job": "j"}) == 1e-6
+    assert registry.get_sample_value("openrl_job_logprob_mismatch", {"job_id": "j"}) == 1e-6

@@ -201,7 +201,7 @@ def test_an_evaluation_of_which_every_task_failed_measures_nothing() -> None:
     assert (outcome.accuracy, outcome.tasks, outcome.failed) == (None, 1, 1)
     registry = CollectorRegistry()
     metrics = CoordinatorMetrics(registry)
-    name, labels = "openrl_job_held_out_accuracy", {"job": "j"}
+    name, labels = "openrl_job_held_out_accuracy", {"job_id": "j"}
     metrics.evaluated("j", outcome)
     assert registry.get_sample_value(name, labels) is None
     metrics.evaluated("j", msgspec.structs.replace(outcome, accuracy=0.0))

@@ -27,6 +27,8 @@ class EngineLoad:
     """Prompt tokens computed since the start."""
     sampled_tokens: int = 0
     """Tokens generated since the start."""
+    kv_cache: float = 0.0
+    """Share of the key-value cache that is in use or promised, 0 to 1."""
 
 
 class SamplerEngine(Protocol):

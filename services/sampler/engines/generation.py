@@ -52,7 +52,10 @@ class Generation:
     def load(self) -> EngineLoad:
         """How busy it is."""
         waiting = sum(job.request.num_samples for job in self._waiting)
-        return EngineLoad(len(self._rows), waiting, self._prompt_tokens, self._sampled_tokens)
+        # As `batching.admit` counts: rows times the longest row's positions.
+        positions = len(self._rows) * max((row.job.length for row in self._rows), default=0)
+        kv_cache = min(1.0, positions / max(1, self._room.positions))
+        return EngineLoad(len(self._rows), waiting, self._prompt_tokens, self._sampled_tokens, kv_cache)
 
     def uses(self, policy: PolicyRef) -> int:
         """Count the requests that wait or run and name `policy`."""
