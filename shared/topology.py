@@ -15,7 +15,7 @@ from shared.contracts.checkpoints import CheckpointRecord
 from shared.contracts.checks import CheckEnvironment, CheckReward
 from shared.contracts.episodes import GroupScored, PlayGroup, ScoreGroup
 from shared.contracts.jobs import ControlJob, JobChanged, JobProgressed, JobRecord, JobStanding, Submission, SubmitJob
-from shared.contracts.placement import ScalingDecided
+from shared.contracts.placement import NodeRecord, PlacementRecord, PlanRecord, ScalingDecided
 from shared.contracts.policies import PolicyPublished, PolicyRecord, PolicyRef
 from shared.contracts.replicas import ReplicaRecord
 from shared.contracts.results import DeadLetter, DeliveryMark, Result
@@ -268,9 +268,13 @@ ACTIVITY = Bucket("activity", RunActivity)
 TENANTS = Bucket("tenants", TenantRecord)
 KEYS = Bucket("keys", KeyRecord)
 """By SHA-256 of the key, in hexadecimal."""
+PLACEMENTS = Bucket("placements", PlacementRecord)
+"""By replica: what the autoscaler wants to run on machines that have a supervisor."""
+NODES = Bucket("nodes", NodeRecord, ttl=10.0)
+PLANS = Bucket("plans", PlanRecord)
 ALIASES = Bucket("aliases", str)
 """Other names of models: alias to the name under which the model is served."""
 BUCKETS: tuple[Bucket[Any], ...] = (
     RUNS, JOB_RECORDS, SUBMISSIONS, POLICIES, LEASES, REPLICAS, DELIVERIES, CHECKPOINTS, INFLIGHT, SESSIONS,
-    HEARTBEATS, SAMPLERS, ACTIVITY, TENANTS, KEYS, ALIASES,
+    HEARTBEATS, SAMPLERS, ACTIVITY, TENANTS, KEYS, PLACEMENTS, NODES, PLANS, ALIASES,
 )  # fmt: skip

@@ -19,7 +19,7 @@ from shared import validation
 from shared.contracts.checks import CheckEnvironment, CheckReward
 from shared.contracts.episodes import RewardSpec
 from shared.contracts.jobs import AlgorithmSpec, FieldError, JobSpec
-from shared.contracts.replicas import CONTEXT, ReplicaRecord
+from shared.contracts.replicas import CONTEXT, SCALED, ReplicaRecord
 from shared.contracts.sampling import SamplingParams
 from shared.errors import UserError
 from shared.loss_params import LOSS_PARAMS, loss_params
@@ -141,9 +141,8 @@ def _known(path: str, name: str, offers: set[str], kind: str) -> list[FieldError
 def _check_model(name: str, replicas: Sequence[ReplicaRecord]) -> list[FieldError]:
     errors = []
     for service in ("sampler", "trainer"):
-        served = sorted(
-            {replica.base_model for replica in replicas if replica.service == service and replica.base_model}
-        )
+        now = {replica.base_model for replica in replicas if replica.service == service and replica.base_model}
+        served = sorted(now | _when_asked(service, replicas))
         if name not in served:
             what = f"; {_hint(name, served)}" if served else ""
             message = f"no {service} serves {name!r}{what}. Add it with `openrl model add` and `openrl up --model`"
@@ -153,6 +152,12 @@ def _check_model(name: str, replicas: Sequence[ReplicaRecord]) -> list[FieldErro
         if len(errors) == 2 and errors[0].message.replace("sampler", "trainer") == errors[1].message
         else errors
     )
+
+
+def _when_asked(service: str, replicas: Sequence[ReplicaRecord]) -> set[str]:
+    """Models for which an autoscaler starts replicas when there is work for them."""
+    begin = f"{SCALED}{service}:"
+    return {offer.removeprefix(begin) for replica in replicas for offer in replica.offers if offer.startswith(begin)}
 
 
 def _check_rules(spec: JobSpec) -> list[FieldError]:

@@ -10,14 +10,15 @@ import asyncio
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from services.local import autoscale, job_commands, logs, models, prometheus, status
 from services.local import doctor as doctor_checks
-from services.local import job_commands, logs, models, prometheus, status
 from services.local.config import DEFAULT_PORT, mesh_commands
 from services.local.demo import SPEC, Demo, ensure_model, run_demo
 from services.local.job_commands import Data, Json, paths_of, showing
@@ -91,20 +92,33 @@ def up(
     prometheus_port: Annotated[
         int, typer.Option(help="Where it answers on 127.0.0.1. 0: any free port.")
     ] = prometheus.DEFAULT_PORT,
+    with_autoscaler: Annotated[
+        bool,
+        typer.Option("--autoscale", help="Start and stop samplers and trainers by load; with --prometheus."),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --autoscale: plan, but start nothing.")] = False,
 ) -> None:
     """Start the whole mesh and keep it running until Ctrl-C or `openrl down`. Unfinished jobs go on."""
     paths = paths_of(data)
     check_device(device)
-    commands = mesh_commands(paths, models.chosen(paths, model or []), device=device)
+    if dry_run and not with_autoscaler:
+        raise UserError("--dry-run says what the autoscaler would do: give --autoscale with it")
+    with_prometheus |= with_autoscaler
+    served = models.chosen(paths, model or [])
+    placed = served if with_autoscaler and not dry_run else None
+    commands = mesh_commands(paths, served, device=device, engines=placed is None)
     beside = prometheus.Prometheus(paths, port=prometheus_port) if with_prometheus else None
+    if with_autoscaler and beside is not None:
+        commands.append(autoscale.command(served, beside.url, dry_run=dry_run))
     if beside is not None:
         commands += prometheus.gpu_commands()
     if not detach:
-        run_up(paths, commands, port=port, echo=typer.echo, prometheus=beside)
+        run_up(paths, commands, port=port, echo=typer.echo, prometheus=beside, placed=placed, device=device)
         return
     named = [argument for name in model or [] for argument in ("--model", name)]
     own = [sys.executable, "-m", "services.local", "up", "--data", str(paths.root), "--port", str(port)]
     own += ["--prometheus", "--prometheus-port", str(prometheus_port)] if with_prometheus else []
+    own += ["--autoscale"] * with_autoscaler + ["--dry-run"] * dry_run
     sys.exit(run_detached(paths, [*own, "--device", device, *named], echo=typer.echo))
 
 
@@ -112,6 +126,18 @@ def up(
 def down(*, data: Data = Path(".openrl")) -> None:
     """Stop the mesh. Its jobs are kept, and go on at the next `openrl up`."""
     take_down(paths_of(data), echo=typer.echo)
+
+
+@app.command("plan")
+def plan_command(
+    *,
+    data: Data = Path(".openrl"),
+    explain: Annotated[bool, typer.Option("--explain", help="Also show what was measured.")] = False,
+    as_json_: Json = False,
+) -> None:
+    """Show which replica is on which GPU, what the autoscaler does next, and why."""
+    found = asyncio.run(autoscale.newest(paths_of(data)))
+    typer.echo(as_json(found) if as_json_ else autoscale.text(found, time.time(), explain=explain))
 
 
 @app.command("status")

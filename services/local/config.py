@@ -106,26 +106,40 @@ class ServiceCommand:
     """What to run; `--config FILE` is added."""
     config: Mapping[str, Setting] = field(default_factory=dict)
     """Settings of its own; those that every service has are added by the supervisor."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of its own."""
 
 
-def mesh_commands(paths: Paths, models: Mapping[str, Path], *, device: str = "auto") -> list[ServiceCommand]:
-    """The services of a mesh for these models, in the order in which they are shown."""
+def mesh_commands(
+    paths: Paths, models: Mapping[str, Path], *, device: str = "auto", engines: bool = True
+) -> list[ServiceCommand]:
+    """The services of a mesh for these models, in the order in which they are shown.
+
+    Without `engines` no samplers and trainers: an autoscaler starts them.
+    """
     directories = {name: str(directory) for name, directory in models.items()}
     commands = [
         service_command("coordinator", config={"metrics_dir": str(paths.metrics)}),
         service_command("environment", config={"models": directories}),
         service_command("reward"),
     ]
-    for (name, directory), slug in zip(directories.items(), slugs(directories), strict=True):
+    for (name, directory), slug in zip(directories.items() if engines else (), slugs(directories), strict=False):
         own = {"base_model": name, "model_dir": directory, "device": device}
         commands.append(service_command("sampler", f"sampler-{slug}", own))
         commands.append(service_command("trainer", f"trainer-{slug}", own))
     return commands
 
 
-def service_command(service: str, name: str = "", config: Mapping[str, Setting] | None = None) -> ServiceCommand:
+def service_command(
+    service: str,
+    name: str = "",
+    config: Mapping[str, Setting] | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+) -> ServiceCommand:
     """The command of a service of this package. Its name is the service's unless another is given."""
-    return ServiceCommand(name or service, service, (sys.executable, "-m", f"services.{service}"), config or {})
+    argv = (sys.executable, "-m", f"services.{service}")
+    return ServiceCommand(name or service, service, argv, config or {}, environment or {})
 
 
 def slugs(names: Iterable[str]) -> list[str]:

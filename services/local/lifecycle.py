@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,13 +39,20 @@ def run_up(
     port: int,
     echo: Tell,
     prometheus: Prometheus | None = None,
+    placed: Mapping[str, Path] | None = None,
+    device: str = "auto",
 ) -> None:
-    """Run the mesh until SIGTERM or Ctrl-C, and Prometheus beside it. Raise as `Supervisor.running`."""
+    """Run the mesh until SIGTERM or Ctrl-C, and Prometheus beside it. Raise as `Supervisor.running`.
+
+    `placed` and `device` are as in `Supervisor`.
+    """
     paths.make()
     tell = told_and_logged(paths, echo)
 
     async def stay() -> None:
-        supervisor = Supervisor(paths, commands, port=port, tell=tell, prometheus=prometheus)
+        supervisor = Supervisor(
+            paths, commands, port=port, tell=tell, prometheus=prometheus, placed=placed, device=device
+        )
         async with supervisor.running():
             if prometheus is not None:
                 tell(f"Prometheus answers at {prometheus.url}")

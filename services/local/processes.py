@@ -225,7 +225,7 @@ async def spawn(command: ServiceCommand, config: Path, log: Path) -> Process:
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env={**CHILD_ENVIRONMENT, **os.environ},
+            env={**CHILD_ENVIRONMENT, **os.environ, **command.environment},
         )
 
 

@@ -18,8 +18,9 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from services.local.config import DEFAULT_PORT, Paths, ServiceCommand, Setting, write_toml
 from services.local.endings import finish
@@ -28,6 +29,7 @@ from services.local.logs import rotate
 from services.local.machine import check_port, readable, store_limit, streams_size, tree_size
 from services.local.nats_server import NatsServer
 from services.local.orphans import end_orphans
+from services.local.placed import Placed, node_record
 from services.local.processes import Child, Process, Program, guarded, spawn, stop_all
 from services.local.prometheus import Prometheus
 from services.local.state import MeshState, Phase, held_lock, read_state, write_state
@@ -63,10 +65,13 @@ class Supervisor:
         tell: Tell,
         start_seconds: float = START_SECONDS,
         prometheus: Prometheus | None = None,
+        placed: Mapping[str, Path] | None = None,
+        device: str = "auto",
     ) -> None:
         """`port` is the bus's, 0 for a free one. `tell` is given what people should know, a line at a time.
 
-        `prometheus` is kept running too, and told which replicas there are.
+        `prometheus` is kept running too, and told which replicas there are. `placed` has the directories of the models
+        whose samplers and trainers an autoscaler places here; None: nobody does.
         """
         self.nats_url = ""
         self._paths = paths
@@ -75,6 +80,9 @@ class Supervisor:
         self._tell = tell
         self._start_seconds = start_seconds
         self._prometheus = prometheus
+        self._models = placed
+        self._device = device
+        self._placed: Placed | None = None
         self._started = time.time()
         self._phase: Phase = "starting"
         self._tasks = Tasks("supervisor")
@@ -84,6 +92,7 @@ class Supervisor:
         """Those of them that are on the bus."""
         self._keepers: list[asyncio.Task[None]] = []
         self._observing: asyncio.Task[None] | None = None
+        self._placing: asyncio.Task[None] | None = None
         self._bus: Bus | None = None
 
     @property
@@ -131,6 +140,9 @@ class Supervisor:
             self._start_service(command)
         await self._unless_failed(self._all_ready(self._bus))
         self._observing = self._tasks.start("observe", self._observe(self._bus))
+        if self._models is not None:
+            self._placed = self._made_placed(self._bus, self._models)
+            self._placing = self._tasks.start("placements", self._placed.keep())
         self._become("ready")
         return self._bus
 
@@ -163,7 +175,13 @@ class Supervisor:
         wrap = partial(guarded, last_signal=signal.SIGTERM)
         return await NatsServer.start(self._paths.nats, port=self._port or -1, max_store_bytes=limit, wrap=wrap)
 
-    def _start_service(self, command: ServiceCommand) -> None:
+    def _made_placed(self, bus: Bus, models: Mapping[str, Path]) -> Placed:
+        node = node_record()
+        for gpu in node.gpus:
+            self._tell(f"replicas are placed on {gpu.name}, {gpu.type or 'a GPU'} with {gpu.memory_gib:.0f} GiB")
+        return Placed(bus, node, models, self._device, self._start_service, self._remove)
+
+    def _start_service(self, command: ServiceCommand) -> Child:
         config, output = self._paths.configs / f"{command.name}.toml", self._paths.log(command.name)
         common: dict[str, Setting] = {
             "nats_url": self.nats_url,
@@ -185,6 +203,14 @@ class Supervisor:
             )
         )
         self._services.append(child)
+        return child
+
+    def _remove(self, child: Child) -> None:
+        """Forget a service that has ended for good."""
+        place = self._children.index(child)
+        del self._children[place], self._keepers[place]
+        self._services.remove(child)
+        self._save()
 
     def _keep(self, program: Program, running: Process | None = None) -> Child:
         child = Child(program, tell=self._tell, changed=self._save)
@@ -223,8 +249,8 @@ class Supervisor:
             while True:
                 await asyncio.sleep(RUNNING_INTERVAL)
                 await self._look(observer)
-                for command in self._commands:
-                    rotate(self._paths.log(command.name))
+                for child in self._services:
+                    rotate(self._paths.log(child.name))
 
     async def _look(self, observer: Observer) -> None:
         records = await observer.look(self._services)
@@ -246,8 +272,9 @@ class Supervisor:
         if self._children:
             self._become("stopping")
             self._tell("stopping")
-        if self._observing is not None:
-            await cancelled([self._observing])
+        await cancelled([task for task in (self._observing, self._placing) if task is not None])
+        if self._placed is not None:
+            await self._placed.leave()
         await stop_all(self._children[1:], self._keepers[1:], DRAIN_SECONDS)
         if self._bus is not None:
             await self._bus.close()

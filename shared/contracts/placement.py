@@ -36,3 +36,85 @@ class ScalingDecided(Contract):
     """The one that moves here."""
     dry_run: bool = False
     """Said, not done."""
+
+
+class GpuRecord(Contract):
+    """A GPU of a node."""
+
+    name: str
+    """`NODE/INDEX`."""
+    index: str
+    """As CUDA_VISIBLE_DEVICES takes it. Empty: the node's processor, shared out as if it were a GPU."""
+    memory_gib: float
+    type: str = ""
+
+
+class NodeRecord(Contract):
+    """A machine whose supervisor starts replicas that are placed there; its entry goes away by itself."""
+
+    node: str
+    gpus: list[GpuRecord]
+    cordoned: bool = False
+
+
+Role = Literal["sampler", "trainer"]
+
+
+class PlacementRecord(Contract):
+    """A replica that should run, and where; its node's supervisor sees to it, and removes the entry at its end."""
+
+    replica: str
+    group: str
+    role: Role
+    base_model: str
+    gpus: list[str]
+    memory_gib: float
+    """Of each of these GPUs."""
+    milli: int
+    since: float
+    """Seconds since 1970."""
+    types: list[str] = []
+    replaces: str = ""
+    draining: bool = False
+    """It is to finish what it has, and end."""
+    pinned: bool = False
+
+
+class ReplicaPlan(Contract):
+    """A replica in a plan: where it is, and what becomes of it."""
+
+    replica: str
+    group: str
+    gpus: list[str]
+    memory_gib: float
+    milli: int
+    state: str
+    """`starting`, `ready` or `draining` now; `start` or `drain`: what is decided."""
+    reason: str = ""
+
+
+class GroupStanding(Contract):
+    """What a group has and should have."""
+
+    group: str
+    role: Role
+    base_model: str
+    have: int
+    wanted: int
+    reason: str
+    load: dict[str, float] = {}
+    """What was measured, by name."""
+
+
+class PlanRecord(Contract):
+    """The newest plan, for people; the value of `newest` in the bucket `plans`."""
+
+    at: float
+    groups: list[GroupStanding] = []
+    replicas: list[ReplicaPlan] = []
+    """Those that are there, then those that are to start."""
+    unmet: list[str] = []
+    gpus: list[GpuRecord] = []
+    gpus_used: int = 0
+    frozen: str = ""
+    dry_run: bool = False

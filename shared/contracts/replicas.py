@@ -6,6 +6,9 @@ from shared.contracts.base import Contract
 
 CONTEXT = "context:"
 """Begins the offer in which a sampler says how many tokens fit into its model: `context:8192`."""
+SCALED = "scaled:"
+"""Begins the offer in which an autoscaler says that replicas of a model start when they are asked for:
+`scaled:sampler:MODEL`."""
 
 
 class ReplicaRecord(Contract):
