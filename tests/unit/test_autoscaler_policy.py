@@ -175,7 +175,7 @@ def test_the_lower_priority_gives_way_the_last_come_first() -> None:
     cluster.put("low", ["n0/0"], since=2.0)
     plan = cluster.plan()
     assert [(each.replica, each.cause) for each in plan.drains] == [("low-1", "preempted")]
-    assert "low-1 (priority 0) makes room for high-0 (priority 5)" in plan.drains[0].reason
+    assert "low-1 (priority 0) makes room for high-0 (priority 5, the first" in plan.drains[0].reason
     assert [each.soon for each in plan.unmet] == [True]
     cluster.carry_out(plan, drained=False)
     plan = cluster.plan()
@@ -184,6 +184,19 @@ def test_the_lower_priority_gives_way_the_last_come_first() -> None:
     plan = cluster.plan()
     assert [each.group for each in plan.starts] == ["high"]
     assert "no room for a replica that needs 0.5 of a GPU with 40 GiB" in plan.unmet[0].reason
+
+
+def test_a_group_without_any_replica_gets_one_from_a_group_that_has_several() -> None:
+    loads = {"a": load(running=40), "b": load()}
+    cluster = Cluster([group("a", milli=500), group("b", milli=500)], gpus(2), loads=loads)
+    for gpu in ("n0/0", "n0/0", "n0/1", "n0/1"):
+        cluster.put("a", [gpu])
+    cluster.steps(10)
+    assert cluster.count("a") == 4
+    cluster.loads["b"] = load(50)
+    cluster.steps(10)
+    assert (cluster.count("a"), cluster.count("b")) == (3, 1)
+    assert not any(plan.changes for plan in cluster.steps(60)), "and no more than one"
 
 
 def test_at_equal_priority_groups_take_turns_when_room_is_short() -> None:
