@@ -124,7 +124,7 @@ def work(samples: Sequence[Sample], seconds: float, config: GroupConfig) -> Work
     window = [one for one in samples if one.at > newest.at - seconds]
     busy = sum(one.busy for one in window) / len(window)
     queue = sum(one.queue for one in window) / len(window)
-    growth = _growth(window)
+    growth = _growth(window if len(window) > 1 else samples[-2:])
     needed = busy + (growth + queue / config.clear_seconds) / _speed(window, busy, config)
     if newest.slots:
         needed = min(needed, busy + (queue + growth * LOOK_AHEAD) / newest.slots)

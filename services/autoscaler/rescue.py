@@ -17,7 +17,7 @@ from services.autoscaler.packing.items import Item, Kind, Placement, Room
 from services.autoscaler.packing.pack import pack, pack_all
 from services.autoscaler.placing import kind_of
 
-EFFORT = 300
+EFFORT = 100
 MOST_NODES = 32
 
 

@@ -72,7 +72,7 @@ def check_plan(cluster: Cluster, plan: Plan) -> None:
     check_room(cluster.gpus, [(each.shape, each.gpus) for each in cluster.replicas])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(clusters())
 def test_every_plan_keeps_to_the_room_there_is(cluster: Cluster) -> None:
     cordoned = {gpu.name for gpu in cluster.gpus if gpu.cordoned}
@@ -90,7 +90,7 @@ def test_every_plan_keeps_to_the_room_there_is(cluster: Cluster) -> None:
     assert not untouchable & {each.replaces for each in plan.starts}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(clusters())
 def test_bounds_are_kept_and_what_is_wanted_is_started_or_said_to_be_unmet(cluster: Cluster) -> None:
     plan = cluster.plan()
@@ -105,7 +105,7 @@ def test_bounds_are_kept_and_what_is_wanted_is_started_or_said_to_be_unmet(clust
         assert each.reason
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(clusters())
 def test_the_same_observation_gives_the_same_plan(cluster: Cluster) -> None:
     memory = cluster.memory
@@ -115,21 +115,22 @@ def test_the_same_observation_gives_the_same_plan(cluster: Cluster) -> None:
     assert cluster.plan() == first
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(clusters())
 def test_a_plan_carried_out_leaves_nothing_to_do(cluster: Cluster) -> None:
     for _ in range(12):  # what waits for a drain, or for a successor, takes another plan
         plan = cluster.plan()
+        calm = all(each.state == "ready" for each in cluster.replicas)
         cluster.replicas = [each for each in cluster.replicas if each.state != "draining"]
         cluster.replicas = [dataclasses.replace(each, state="ready") for each in cluster.replicas]
-        if not plan.changes:
+        if calm and not plan.changes:
             break
         cluster.carry_out(plan)
     again = cluster.plan()
     assert not again.changes, [again.starts, again.drains]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(clusters())
 def test_without_metrics_nothing_is_given_up(cluster: Cluster) -> None:
     cluster.plan()

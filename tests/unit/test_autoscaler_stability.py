@@ -43,11 +43,11 @@ def test_the_first_request_wakes_a_pool_at_zero_at_once() -> None:
 
 def test_a_jump_is_answered_by_the_short_window_within_six_seconds() -> None:
     cluster = serving(2, running=14)
-    cluster.loads["a"] = load(60, running=20)
+    cluster.loads["a"] = load(400, running=20)
     plans = cluster.steps(6)
     assert wanted(plans[-1]) > 4
     assert plans[-1].groups[0].target.why == "panic"
-    assert "60 sequences waiting, 20 running (10 a replica)" in plans[-1].groups[0].reason
+    assert "400 sequences waiting, 20 running (10 a replica)" in plans[-1].groups[0].reason
 
 
 def test_a_small_rise_waits_for_the_long_window() -> None:

@@ -9,7 +9,7 @@ from services.autoscaler.packing.items import Item, Kind, Placement, Room
 from services.autoscaler.packing.nodes import place_on_nodes
 from services.autoscaler.packing.shares import TRIES, Packing, construct, improve
 
-EFFORT = 2000
+EFFORT = 600
 """Rounds of improvement for a packing of up to a hundred GPUs."""
 LARGE = 400
 """Kinds of items times GPUs, in hundreds, from which only one construction is tried."""
@@ -23,7 +23,7 @@ def pack(items: Sequence[Item], rooms: Sequence[Room], effort: int = EFFORT) -> 
     Items are listed in the order of their right: no item is left out in favour of a later one, as far as this effort
     can tell. `rooms` is what is free; of equal GPUs the first ones are used.
     """
-    return pack_all(items, rooms, effort) or _in_order(items, rooms, effort)
+    return pack_all(items, rooms, effort) or _in_order(items, rooms, effort // 4)
 
 
 def pack_all(items: Sequence[Item], rooms: Sequence[Room], effort: int = EFFORT) -> Placement | None:
