@@ -150,6 +150,12 @@ def test_shares_fill_a_gpu_before_another_is_opened() -> None:
     assert plan.gpus_used == 2
 
 
+def test_gpus_without_any_memory_left_are_no_trouble() -> None:
+    cluster = Cluster([group("a", min=2, memory=80, milli=300)], gpus(1))
+    cluster.put("a", ["n0/0"])
+    assert "no room" in cluster.plan().unmet[0].reason
+
+
 def test_a_replica_on_several_gpus_gets_them_on_one_node() -> None:
     cluster = Cluster([group("wide", min=1, memory=70, gpus=4), group("small", min=1)], gpus(2, 4, 8))
     plan = cluster.step()

@@ -65,7 +65,7 @@ class Packing:
         self.left = list(counts)
         """Items of each kind that are in no bin."""
         self.bins = [Bin(room) for room in rooms]
-        self.most_memory = max((room.memory for room in rooms), default=1)
+        self.most_memory = max((room.memory for room in rooms), default=0) or 1
         self.types, self._scarcity = self._choices(rooms)
 
     def _choices(self, rooms: Sequence[Room]) -> tuple[list[set[str]], list[int]]:
