@@ -52,6 +52,8 @@ class GroupConfig(Strict):
     """Who gets room when it is short: the higher number."""
     slots: Annotated[int, msgspec.Meta(ge=1)] = 32
     """Samplers: sequences that a replica generates at the same time."""
+    sequence_seconds: Positive = 20.0
+    """Samplers: time in which a sequence is generated, used until it has been measured."""
     tokens_per_second: Positive = 10_000.0
     """Trainers: speed of a busy replica, used until it has been measured."""
     target: Share = 0.7

@@ -7,7 +7,7 @@ if the GPU makes up for the moves: while a replica starts, it holds its share tw
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from services.autoscaler.observed import WHOLE, Replica
@@ -32,13 +32,15 @@ class Freed:
 def gpus_to_free(
     rooms: Sequence[Room],
     replicas: Sequence[Replica],
+    on_the_move: Collection[str],
     may_move: Mapping[str, float],
     most_moves: int,
     payback_seconds: float,
 ) -> list[Freed]:
-    """GPUs to free. `rooms` is what is free now; `may_move` has, by group, what starting a replica takes in seconds.
+    """GPUs to free.
 
-    Replicas of other groups, those that are pinned, and those on several GPUs stay where they are.
+    `rooms` is what is free now; `may_move` has, by group, what starting a replica takes in seconds; `on_the_move` names
+    replicas that are being replaced. Replicas of other groups, pinned ones, and those on several GPUs stay.
     """
     on: dict[str, list[Replica]] = defaultdict(list)
     for replica in replicas:
@@ -52,7 +54,7 @@ def gpus_to_free(
         here = on[room.gpu]
         if room.gpu in receiving or not here or len(here) > most_moves - sum(len(each.moves) for each in freed):
             continue
-        cost = _cost(here, may_move)
+        cost = None if any(each.name in on_the_move for each in here) else _cost(here, may_move)
         if cost is None or cost > payback_seconds:
             continue
         elsewhere = [target for gpu, target in targets.items() if gpu != room.gpu]

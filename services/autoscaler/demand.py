@@ -6,23 +6,26 @@ For samplers and trainers alike
 
 busy      replicas' worth of what is in progress: running sequences / slots, or duty cycle * replicas
 queue     what waits: sequences, or tokens of trainers' backlogs
-growth    how much longer the queue gets each second; a queue that gets shorter is no reason to have fewer
+growth    by how much what waits and runs becomes more each second, all the time; less is no reason to have fewer
 clear     seconds in which a queue that has piled up should be gone (`clear_seconds`)
-speed     what a busy replica finishes in a second, measured as finished / busy
+speed     what a busy replica finishes in a second, measured as finished / busy; until then as configured
 
 which is Little's law with a term for what has piled up: while replicas start, a queue grows to many times what it
 takes to keep up, and replicas for all of it at once would be ready when it is gone. Samplers never need more than
-replicas for all sequences at once, (running + queue) / slots, which also serves while the speed is unknown.
+replicas for all sequences at once, (running + queue) / slots, counting those that will come in the next few seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from services.autoscaler.config import GroupConfig
 from services.autoscaler.observed import Load, Measured
 
+LOOK_AHEAD = 6.0
+"""Seconds for which growth is taken to go on: a panic window."""
 FULL_CACHE = 0.9
 """Share of the key-value cache from which it, rather than the number of slots, decides how many sequences run."""
 
@@ -121,21 +124,28 @@ def work(samples: Sequence[Sample], seconds: float, config: GroupConfig) -> Work
     window = [one for one in samples if one.at > newest.at - seconds]
     busy = sum(one.busy for one in window) / len(window)
     queue = sum(one.queue for one in window) / len(window)
-    span = newest.at - window[0].at
-    growth = max(0.0, (newest.queue - window[0].queue) / span) if span > 0 else 0.0
-    at_once = busy + queue / newest.slots if newest.slots else None
-    speed = _speed(window, busy, config)
-    if speed is None:
-        assert at_once is not None, "only samplers may have no speed"
-        return Work(at_once, busy, queue, seconds)
-    needed = busy + (growth + queue / config.clear_seconds) / speed
-    return Work(needed if at_once is None else min(needed, at_once), busy, queue, seconds)
+    growth = _growth(window if len(window) > 1 else samples[-2:])
+    needed = busy + (growth + queue / config.clear_seconds) / _speed(window, busy, config)
+    if newest.slots:
+        needed = min(needed, busy + (queue + growth * LOOK_AHEAD) / newest.slots)
+    return Work(needed, busy, queue, seconds)
 
 
-def _speed(window: Sequence[Sample], busy: float, config: GroupConfig) -> float | None:
-    """What a busy replica finishes in a second. None: nobody knows yet."""
+def _growth(window: Sequence[Sample]) -> float:
+    """How fast more comes than is finished, at the least, between any two measurements: a jump does not go on."""
+    rates = [(_held(later) - _held(one)) / (later.at - one.at) for one, later in pairwise(window)]
+    return max(0.0, min(rates, default=0.0))
+
+
+def _held(one: Sample) -> float:
+    """What waits, and of samplers also what runs."""
+    return one.queue + one.busy * one.slots
+
+
+def _speed(window: Sequence[Sample], busy: float, config: GroupConfig) -> float:
+    """What a busy replica finishes in a second."""
     measured = [one.finished for one in window if one.finished is not None]
     finished = sum(measured) / len(measured) if measured else 0.0
     if finished > 0 and busy > 0:
         return finished / busy
-    return config.tokens_per_second if config.role == "trainer" else None
+    return config.tokens_per_second if config.role == "trainer" else config.slots / config.sequence_seconds

@@ -2,8 +2,8 @@
 
 1. Each group gets a number of replicas (`demand`, `stability`).
 2. What has to go is drained: replicas that others have replaced, that are too many, or whose GPU is no longer there.
-3. What is wanted is placed, higher priorities first, on the fewest GPUs (`packing`), without touching what runs. Where
-   that fails, room is made (`rescue`): others move, then lower priorities give way.
+3. What is wanted is placed on the fewest GPUs (`packing`), the first of every group before higher priorities, without
+   touching what runs. Where that fails, room is made (`rescue`): others move, then lower priorities give way.
 4. When there is nothing of that to do, GPUs are freed (`consolidate`).
 
 Nothing is started before there is room for it: what is draining still holds its share. A replica moves by being
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 
 from services.autoscaler import reasons
 from services.autoscaler.config import GroupConfig, ScalingConfig
@@ -26,9 +25,11 @@ from services.autoscaler.packing.items import Item, Room
 from services.autoscaler.packing.pack import pack
 from services.autoscaler.placing import Names, Standing, kind_of, rooms, standing, surplus
 from services.autoscaler.plan import Drain, GroupPlan, Memory, Plan, Start, Unmet
-from services.autoscaler.rescue import Others, Relocation, make_room
+from services.autoscaler.rescue import Others, Relocation, make_room, rank
 from services.autoscaler.stability import GroupMemory, target
 
+LAST = 1 << 31
+"""Place of a replica that only moves: it has its GPUs already."""
 RESCUES = 4
 """Kinds of replica for which room is made in one plan, so that a crowded cluster is planned in time."""
 
@@ -40,9 +41,14 @@ class Wanted:
     name: str
     config: GroupConfig
     shape: Shape
-    nth: float
-    """How many of its group come before it: at equal priority, groups take turns."""
+    nth: int
+    """How many of its group come before it: at equal rank, groups take turns."""
     replaces: str = ""
+
+    @property
+    def rank(self) -> int:
+        """What gives way to it, if need be."""
+        return rank(self.config.priority, self.nth, self.config.min)
 
     @property
     def item(self) -> Item:
@@ -143,7 +149,7 @@ class _Draft:
         """New replicas, and those that have to leave cordoned GPUs."""
         wanted = sorted(
             [*self._missing(), *self._on_cordoned()],
-            key=lambda each: (-each.config.priority, each.nth, each.config.name, each.name),
+            key=lambda each: (-each.rank, each.nth, each.config.name, each.name),
         )
         if not wanted:
             return
@@ -169,7 +175,7 @@ class _Draft:
     def _on_cordoned(self) -> list[Wanted]:
         cordoned = {gpu.name for gpu in self._gpus if gpu.cordoned}
         return [
-            Wanted(self._names.new(name), self._configs[name], replica.shape, inf, replaces=replica.name)
+            Wanted(self._names.new(name), self._configs[name], replica.shape, LAST, replaces=replica.name)
             for name, members in self._stand.counted.items()
             if name in self._configs
             for replica in members
@@ -204,10 +210,10 @@ class _Draft:
     def _rescue(self, homeless: Sequence[Wanted]) -> None:
         tried: dict[tuple[object, int], None] = {}
         for wanted in homeless:
-            key = (wanted.item.kind, wanted.config.priority)
+            key = (wanted.item.kind, wanted.rank)
             found = None
             if key not in tried and len(tried) < RESCUES and not wanted.replaces:
-                found = make_room(wanted.item, wanted.config.priority, self._free(self._later), self._others())
+                found = make_room(wanted.item, wanted.rank, self._free(self._later), self._others())
             if found is None:
                 tried[key] = None
                 self.unmet.append(self._no_room(wanted))
@@ -216,15 +222,21 @@ class _Draft:
 
     def _others(self) -> Others:
         held = {name for name, group in self._planned.items() if group.target.why == "hold"}
-        starting = {start.replaces for start in self.starts}
-        replicas = [
-            replica
-            for name, members in self._stand.counted.items()
-            if name in self._configs and name not in held
-            for replica in members
-            if not replica.pinned and replica.name not in self._leaving and replica.name not in starting
-        ]
-        return Others(replicas, {name: config.priority for name, config in self._configs.items()})
+        apart = self._leaving | {start.replaces for start in self.starts}
+        replicas: list[Replica] = []
+        places: dict[str, int] = {}
+        for name, members in self._stand.counted.items():
+            staying = [replica for replica in members if replica.name not in apart]
+            if name in self._configs and name not in held:
+                replicas += [replica for replica in staying if not replica.pinned]
+            for place, replica in enumerate(sorted(staying, key=lambda each: (each.since, each.name))):
+                places[replica.name] = place
+        ranks = {each.name: self._rank(each, places[each.name]) for each in replicas}
+        return Others(replicas, ranks, places)
+
+    def _rank(self, replica: Replica, place: int) -> int:
+        config = self._configs[replica.group]
+        return rank(config.priority, place, config.min)
 
     def _no_room(self, wanted: Wanted) -> Unmet:
         reason = reasons.of_no_room(wanted.config, wanted.shape, self._free(self._later), self._gpus)
@@ -232,10 +244,11 @@ class _Draft:
 
     def _relocate(self, wanted: Wanted, found: Relocation) -> None:
         """Give up the victims, move what is to move, and reserve the room."""
+        first = ", the first of its group" if wanted.nth == 0 else ""
         for victim in found.victims:
             reason = (
                 f"{victim.group}: {victim.name} (priority {self._configs[victim.group].priority}) makes room for"
-                f" {wanted.name} (priority {wanted.config.priority}), which fits nowhere else"
+                f" {wanted.name} (priority {wanted.config.priority}{first}), which fits nowhere else"
             )
             self._drain(victim, reason, "preempted")
         self._leaving |= {replica.name for replica, _ in found.moves}
@@ -247,7 +260,7 @@ class _Draft:
 
     def _move(self, replica: Replica, gpus: tuple[str, ...], purpose: str) -> None:
         config = self._configs[replica.group]
-        new = Wanted(self._names.new(replica.group), config, replica.shape, inf, replaces=replica.name)
+        new = Wanted(self._names.new(replica.group), config, replica.shape, LAST, replaces=replica.name)
         where = f"from {', '.join(replica.gpus)} to {', '.join(gpus)}"
         if all(new.item.kind.fits(self._now[gpu]) for gpu in gpus):
             self._start_when_possible(new, gpus, f"{replica.group}: {replica.name} moves {where} {purpose}")
@@ -261,7 +274,10 @@ class _Draft:
     def free_gpus(self, settled: Mapping[str, float], scaling: ScalingConfig) -> None:
         """Move replicas of groups that have settled off GPUs that are nearly empty."""
         budget = scaling.most_moves - len(self._stand.successors)
-        freed = gpus_to_free(self._free(self._now), self._observed.replicas, settled, budget, scaling.payback_seconds)
+        freed = gpus_to_free(
+            self._free(self._now), self._observed.replicas, self._stand.successors, settled, budget,
+            scaling.payback_seconds,
+        )  # fmt: skip
         for each in freed:
             for replica, gpu in each.moves:
                 self._leaving.add(replica.name)

@@ -2,7 +2,8 @@
 
 It looks at one node first, then two, four, and so on, those with most to gain first, packs what is there again
 together with the replica, and takes the first answer: so what moves is near, and little. What it gives up is of the
-lowest priority that will do, and of that what came last. Replicas on several GPUs are given up but never moved.
+lowest rank that will do, and of that what came last in the largest groups. Replicas on several GPUs are given up but
+never moved.
 """
 
 from __future__ import annotations
@@ -16,8 +17,20 @@ from services.autoscaler.packing.items import Item, Kind, Placement, Room
 from services.autoscaler.packing.pack import pack, pack_all
 from services.autoscaler.placing import kind_of
 
-EFFORT = 300
+EFFORT = 100
 MOST_NODES = 32
+
+
+FIRST = 1 << 32
+
+
+def rank(priority: int, place: int, least: int) -> int:
+    """Who gives way to whom: every group that has work gets one replica, and its minimum, before any gets more.
+
+    A group without a replica is a job at a standstill; beyond that, priorities decide. `place` is how many replicas
+    the group has before this one.
+    """
+    return priority + (FIRST if place < max(1, least) else 0)
 
 
 @dataclass(frozen=True)
@@ -36,23 +49,25 @@ class Others:
     """The replicas that might make room."""
 
     replicas: Sequence[Replica]
-    priorities: Mapping[str, int]
-    """By group."""
+    ranks: Mapping[str, int]
+    """By replica: who gives way to whom."""
+    places: Mapping[str, int]
+    """By replica, how many of its group are older."""
 
     def willing(self, level: int | None) -> list[Replica]:
-        """Those that may be moved, and those of priority `level` or less, which may be given up."""
+        """Those that may be moved, and those of rank `level` or less, which may be given up."""
         return [
             replica
             for replica in self.replicas
-            if (level is not None and self.priorities[replica.group] <= level)
+            if (level is not None and self.ranks[replica.name] <= level)
             or (replica.state == "ready" and len(replica.gpus) == 1)
         ]
 
 
-def make_room(item: Item, priority: int, rooms: Sequence[Room], others: Others) -> Relocation | None:
+def make_room(item: Item, rank: int, rooms: Sequence[Room], others: Others) -> Relocation | None:
     """Find room for an item. `rooms` is what is free; None: there is no way."""
-    lower = sorted({others.priorities[replica.group] for replica in others.replicas})
-    for level in [None, *(each for each in lower if each < priority)]:
+    lower = sorted({others.ranks[replica.name] for replica in others.replicas})
+    for level in [None, *(each for each in lower if each < rank)]:
         for nearby, replicas in _neighbourhoods(item.kind, rooms, others.willing(level)):
             found = _repack(item, nearby, replicas, level, others)
             if found is not None:
@@ -103,12 +118,12 @@ def _repack(
     item: Item, nearby: Sequence[Room], replicas: Sequence[Replica], level: int | None, others: Others
 ) -> Relocation | None:
     def gives(replica: Replica) -> bool:
-        return level is not None and others.priorities[replica.group] <= level
+        return level is not None and others.ranks[replica.name] <= level
 
     stay = [replica for replica in replicas if not gives(replica)]
     give = sorted(
         (replica for replica in replicas if gives(replica)),
-        key=lambda replica: (-others.priorities[replica.group], replica.since, replica.name),
+        key=lambda replica: (-others.ranks[replica.name], others.places[replica.name], replica.since, replica.name),
     )
     must = [*(Item(replica.name, kind_of(replica.shape)) for replica in stay), item]
     may = [Item(replica.name, kind_of(replica.shape)) for replica in give]

@@ -71,7 +71,7 @@ def target(
     stable = work(memory.samples, scaling.stable_seconds, config)
     panic = work(memory.samples, scaling.panic_seconds, config)
     memory = _with_panic(memory, panic, ready, config, scaling, now)
-    memory = _with_floor(memory, stable, config, scaling, now)
+    memory = _with_floor(memory, stable, panic, config, scaling, now)
     decided = _decide(found, stable, panic, have, memory, config, scaling, now)
     decided = _bounded(decided, config)
     return decided, _remember(memory, decided, now)
@@ -99,9 +99,12 @@ def _with_panic(
 
 
 def _with_floor(
-    memory: GroupMemory, stable: Work, config: GroupConfig, scaling: ScalingConfig, now: float
+    memory: GroupMemory, stable: Work, panic: Work, config: GroupConfig, scaling: ScalingConfig, now: float
 ) -> GroupMemory:
+    """Note how far one might go down now. What a panic wants counts in full, so that bursts do not flutter."""
     floor = ceil_(stable.replicas / (config.target * (1 - scaling.down_margin)))
+    if now < memory.panic_until:
+        floor = max(floor, min(config.max, ceil_(panic.replicas / config.target)))
     kept = tuple((at, number) for at, number in memory.floors if number > floor and at > now - scaling.down_seconds)
     return replace(memory, floors=(*kept, (now, floor)))
 

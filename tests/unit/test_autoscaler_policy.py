@@ -72,7 +72,7 @@ def check_plan(cluster: Cluster, plan: Plan) -> None:
     check_room(cluster.gpus, [(each.shape, each.gpus) for each in cluster.replicas])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(clusters())
 def test_every_plan_keeps_to_the_room_there_is(cluster: Cluster) -> None:
     cordoned = {gpu.name for gpu in cluster.gpus if gpu.cordoned}
@@ -90,7 +90,7 @@ def test_every_plan_keeps_to_the_room_there_is(cluster: Cluster) -> None:
     assert not untouchable & {each.replaces for each in plan.starts}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(clusters())
 def test_bounds_are_kept_and_what_is_wanted_is_started_or_said_to_be_unmet(cluster: Cluster) -> None:
     plan = cluster.plan()
@@ -105,7 +105,7 @@ def test_bounds_are_kept_and_what_is_wanted_is_started_or_said_to_be_unmet(clust
         assert each.reason
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(clusters())
 def test_the_same_observation_gives_the_same_plan(cluster: Cluster) -> None:
     memory = cluster.memory
@@ -115,21 +115,22 @@ def test_the_same_observation_gives_the_same_plan(cluster: Cluster) -> None:
     assert cluster.plan() == first
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(clusters())
 def test_a_plan_carried_out_leaves_nothing_to_do(cluster: Cluster) -> None:
     for _ in range(12):  # what waits for a drain, or for a successor, takes another plan
         plan = cluster.plan()
+        calm = all(each.state == "ready" for each in cluster.replicas)
         cluster.replicas = [each for each in cluster.replicas if each.state != "draining"]
         cluster.replicas = [dataclasses.replace(each, state="ready") for each in cluster.replicas]
-        if not plan.changes:
+        if calm and not plan.changes:
             break
         cluster.carry_out(plan)
     again = cluster.plan()
     assert not again.changes, [again.starts, again.drains]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(clusters())
 def test_without_metrics_nothing_is_given_up(cluster: Cluster) -> None:
     cluster.plan()
@@ -147,6 +148,12 @@ def test_shares_fill_a_gpu_before_another_is_opened() -> None:
     plan = cluster.step()
     assert len(plan.starts) == 6
     assert plan.gpus_used == 2
+
+
+def test_gpus_without_any_memory_left_are_no_trouble() -> None:
+    cluster = Cluster([group("a", min=2, memory=80, milli=300)], gpus(1))
+    cluster.put("a", ["n0/0"])
+    assert "no room" in cluster.plan().unmet[0].reason
 
 
 def test_a_replica_on_several_gpus_gets_them_on_one_node() -> None:
@@ -175,7 +182,7 @@ def test_the_lower_priority_gives_way_the_last_come_first() -> None:
     cluster.put("low", ["n0/0"], since=2.0)
     plan = cluster.plan()
     assert [(each.replica, each.cause) for each in plan.drains] == [("low-1", "preempted")]
-    assert "low-1 (priority 0) makes room for high-0 (priority 5)" in plan.drains[0].reason
+    assert "low-1 (priority 0) makes room for high-0 (priority 5, the first" in plan.drains[0].reason
     assert [each.soon for each in plan.unmet] == [True]
     cluster.carry_out(plan, drained=False)
     plan = cluster.plan()
@@ -184,6 +191,19 @@ def test_the_lower_priority_gives_way_the_last_come_first() -> None:
     plan = cluster.plan()
     assert [each.group for each in plan.starts] == ["high"]
     assert "no room for a replica that needs 0.5 of a GPU with 40 GiB" in plan.unmet[0].reason
+
+
+def test_a_group_without_any_replica_gets_one_from_a_group_that_has_several() -> None:
+    loads = {"a": load(running=40), "b": load()}
+    cluster = Cluster([group("a", milli=500), group("b", milli=500)], gpus(2), loads=loads)
+    for gpu in ("n0/0", "n0/0", "n0/1", "n0/1"):
+        cluster.put("a", [gpu])
+    cluster.steps(10)
+    assert cluster.count("a") == 4
+    cluster.loads["b"] = load(50)
+    cluster.steps(10)
+    assert (cluster.count("a"), cluster.count("b")) == (3, 1)
+    assert not any(plan.changes for plan in cluster.steps(60)), "and no more than one"
 
 
 def test_at_equal_priority_groups_take_turns_when_room_is_short() -> None:

@@ -7,7 +7,7 @@ powers of two do, this uses nodes as well as can be.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from services.autoscaler.packing.items import WHOLE, Item, Kind, Placement, Room
@@ -22,37 +22,42 @@ def place_on_nodes(items: Sequence[Item], rooms: Sequence[Room], wanted: Sequenc
             nodes[room.node].append(room)
     used = {room.node for room in rooms if room.used}
     placement: Placement = {}
-    choices = {item.kind: sum(item.kind.fits(room) for room in rooms) for item in items}
+    choices = {kind: sum(kind.fits(room) for room in rooms) for kind in {item.kind for item in items}}
     in_order = sorted(items, key=lambda item: (-item.kind.gpus, choices[item.kind], -item.kind.memory))
+    alike: dict[_Sort, deque[str]] = defaultdict(deque)
+    for node, free in nodes.items():
+        alike[_sort(free, node in used)].append(node)
     for item in in_order:
-        found = _best_node(item.kind, nodes, used, pressure)
-        if found is None:
+        best = _best_sort(item.kind, alike, pressure)
+        if best is None:
             continue
-        node, gpus = found
-        placement[item.name] = tuple(room.gpu for room in gpus)
-        taken = set(placement[item.name])
-        nodes[node] = [room for room in nodes[node] if room.gpu not in taken]
-        used.add(node)
+        node = alike[best].popleft()
+        fitting = sorted((room for room in nodes[node] if item.kind.fits(room)), key=lambda room: room.memory)
+        placement[item.name] = tuple(room.gpu for room in fitting[: item.kind.gpus])
+        nodes[node] = [room for room in nodes[node] if room.gpu not in placement[item.name]]
+        alike[_sort(nodes[node], used=True)].append(node)
     return placement
 
 
-def _best_node(
-    kind: Kind, nodes: dict[str, list[Room]], used: set[str], pressure: dict[str, float]
-) -> tuple[str, list[Room]] | None:
-    """The node with the fewest GPUs to spare, of a type that nobody depends on if there is a choice; else the first."""
-    best: tuple[tuple[float, int, bool, int, int], str, list[Room]] | None = None
-    for place, (node, rooms) in enumerate(nodes.items()):
-        if len(rooms) < kind.gpus:
-            continue
-        fitting = [room for room in rooms if kind.fits(room)]
-        if len(fitting) < kind.gpus:
-            continue
-        fitting.sort(key=lambda room: room.memory)
-        gpus = fitting[: kind.gpus]
-        rank = (pressure[gpus[0].type], len(rooms) - kind.gpus, node not in used, gpus[-1].memory, place)
-        if best is None or rank < best[0]:
-            best = (rank, node, gpus)
-    return best and (best[1], best[2])
+_Sort = tuple[tuple[tuple[str, int], ...], bool]
+"""Type and memory of each free GPU of a node, and whether others of its GPUs are used."""
+
+
+def _sort(free: Sequence[Room], used: bool) -> _Sort:  # noqa: FBT001 - part of a key
+    return tuple((room.type, room.memory) for room in free), used
+
+
+def _best_sort(kind: Kind, alike: dict[_Sort, deque[str]], pressure: dict[str, float]) -> _Sort | None:
+    """Nodes with the fewest GPUs to spare, of a type that nobody depends on if there is a choice; else the first."""
+    best: tuple[tuple[float, int, bool, int], _Sort] | None = None
+    for sort, nodes in alike.items():
+        free, used = sort
+        able = sorted(m for type_, m in free if m >= kind.memory and (not kind.types or type_ in kind.types))
+        if nodes and len(able) >= kind.gpus:
+            rank = (pressure[free[0][0]], len(free) - kind.gpus, not used, able[kind.gpus - 1])
+            if best is None or rank < best[0]:
+                best = (rank, sort)
+    return best and best[1]
 
 
 def _pressure(rooms: Sequence[Room], wanted: Sequence[Kind]) -> dict[str, float]:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from services.autoscaler.packing.items import Item, Kind, Placement, Room
 from services.autoscaler.packing.nodes import place_on_nodes
-from services.autoscaler.packing.shares import Packing, construct, improve
+from services.autoscaler.packing.shares import TRIES, Packing, construct, improve
 
-EFFORT = 2000
+EFFORT = 600
 """Rounds of improvement for a packing of up to a hundred GPUs."""
 LARGE = 400
 """Kinds of items times GPUs, in hundreds, from which only one construction is tried."""
@@ -23,7 +23,7 @@ def pack(items: Sequence[Item], rooms: Sequence[Room], effort: int = EFFORT) -> 
     Items are listed in the order of their right: no item is left out in favour of a later one, as far as this effort
     can tell. `rooms` is what is free; of equal GPUs the first ones are used.
     """
-    return pack_all(items, rooms, effort) or _in_order(items, rooms, effort)
+    return pack_all(items, rooms, effort) or _in_order(items, rooms, effort // 4)
 
 
 def pack_all(items: Sequence[Item], rooms: Sequence[Room], effort: int = EFFORT) -> Placement | None:
@@ -94,7 +94,7 @@ def _shares(items: Sequence[Item], rooms: Sequence[Room], effort: int) -> Placem
     large = len(kinds) * len(rooms) > LARGE * 100
     for lean in LEANS[: 1 if large or not effort else None]:
         packing = Packing(kinds, counts, rooms)
-        construct(packing, lean, tries=300 if large else 3000)
+        construct(packing, lean, TRIES * 100 // max(100, len(kinds)))
         if best is None or (sum(packing.left), packing.opened) < (sum(best.left), best.opened):
             best = packing
         if not any(best.left) and best.opened <= best.bound():

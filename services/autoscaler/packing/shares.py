@@ -19,8 +19,10 @@ from math import ceil
 from services.autoscaler.packing.fill import Candidate, fill
 from services.autoscaler.packing.items import WHOLE, Kind, Room
 
+MOST_CANDIDATES = 100
+"""Kinds that are tried for one GPU."""
 TRIES = 3000
-"""Of the search for one GPU's content, when a packing is constructed."""
+"""Of the search for one GPU's content, when a packing of up to a hundred kinds is constructed."""
 
 
 @dataclass
@@ -63,19 +65,17 @@ class Packing:
         self.left = list(counts)
         """Items of each kind that are in no bin."""
         self.bins = [Bin(room) for room in rooms]
-        self.types = [{room.type for room in rooms if kind.fits(room)} for kind in kinds]
-        self.most_memory = max((room.memory for room in rooms), default=1)
-        self._scarcity = self._scarcities(rooms)
+        self.most_memory = max((room.memory for room in rooms), default=0) or 1
+        self.types, self._scarcity = self._choices(rooms)
 
-    def _scarcities(self, rooms: Sequence[Room]) -> list[int]:
-        """How many GPUs could take each kind: the fewer, the earlier it is placed. GPUs of one sort count together."""
-        sorts: dict[tuple[str, int, int, bool], int] = defaultdict(int)
-        example: dict[tuple[str, int, int, bool], Room] = {}
+    def _choices(self, rooms: Sequence[Room]) -> tuple[list[set[str]], list[int]]:
+        """For each kind, types of GPU and number of GPUs that could take it: the fewer, the earlier it is placed."""
+        sorts: dict[tuple[str, int, int, bool], list[Room]] = defaultdict(list)
         for room in rooms:
-            key = (room.type, room.memory, room.milli, room.used)
-            sorts[key] += 1
-            example[key] = room
-        return [sum(count for key, count in sorts.items() if kind.fits(example[key])) for kind in self.kinds]
+            sorts[room.type, room.memory, room.milli, room.used].append(room)
+        fitting = [[same for same in sorts.values() if kind.fits(same[0])] for kind in self.kinds]
+        types = [{same[0].type for same in choices} for choices in fitting]
+        return types, [sum(len(same) for same in choices) for choices in fitting]
 
     def weights(self, lean: float) -> tuple[float, float]:
         """The worth of a MiB and of a milli-GPU: `lean` 0 counts compute only, 1 memory only."""
@@ -94,13 +94,14 @@ class Packing:
         )
 
     def candidates(self, room: Room, order: Sequence[int], lean: float) -> list[Candidate]:
-        """What is left and may go into a GPU, in this order."""
-        return [
+        """What is left and may go into a GPU, in this order; of very many, some of all sizes."""
+        found = [
             Candidate(number, self.kinds[number].memory, self.kinds[number].milli, self.left[number],
                       self.value(number, lean))
             for number in order
             if self.left[number] and room.type in self.types[number]
         ]  # fmt: skip
+        return found[:: -(-len(found) // MOST_CANDIDATES)] if found else found
 
     def put(self, target: Bin, number: int, times: int) -> None:
         """Move items that are left into a bin."""
@@ -125,7 +126,10 @@ class Packing:
         if not free:
             return 0
         memory, milli = max(room.memory for room in free), max(room.milli for room in free)
-        counts = [left + sum(one.content.get(number, 0) for one in self.bins) for number, left in enumerate(self.left)]
+        counts = list(self.left)
+        for one in self.bins:
+            for number, times in one.content.items():
+                counts[number] += times
         demand = list(zip(counts, self.kinds, strict=True))
         used = [one.room for one in self.bins if one.room.used]
         by_memory = sum(n * kind.memory for n, kind in demand) - sum(room.memory for room in used)
@@ -179,10 +183,14 @@ def _open(packing: Packing, order: Sequence[int], lean: float, tries: int) -> No
     for one in reversed(packing.bins):
         if not one.room.used and not one.content:
             sorts[one.room.type, one.room.memory, one.room.milli].append(one)
-    for seed in order:
+    left = list(order)
+    for place, seed in enumerate(order):
+        if place % 100 == 0:  # what has been placed need not be looked at any more
+            left = [number for number in left if packing.left[number]]
+        some = left[:: max(1, len(left) // (4 * MOST_CANDIDATES))]
         while packing.left[seed]:
             contents = [
-                (*_content(packing, bins[-1].room, seed, order, lean, tries), sort)
+                (*_content(packing, bins[-1].room, seed, some, lean, tries), sort)
                 for sort, bins in sorts.items()
                 if bins and packing.kinds[seed].fits(bins[-1].room)
             ]
