@@ -108,8 +108,10 @@ class ServiceCommand:
     """Settings of its own; those that every service has are added by the supervisor."""
 
 
-def mesh_commands(paths: Paths, models: Mapping[str, Path], *, device: str = "auto") -> list[ServiceCommand]:
-    """The services of a mesh for these models, in the order in which they are shown."""
+def mesh_commands(
+    paths: Paths, models: Mapping[str, Path], *, device: str = "auto", engine: str = "torch"
+) -> list[ServiceCommand]:
+    """The services of a mesh for these models, in the order in which they are shown. `engine` is the samplers'."""
     directories = {name: str(directory) for name, directory in models.items()}
     commands = [
         service_command("coordinator", config={"metrics_dir": str(paths.metrics)}),
@@ -118,7 +120,7 @@ def mesh_commands(paths: Paths, models: Mapping[str, Path], *, device: str = "au
     ]
     for (name, directory), slug in zip(directories.items(), slugs(directories), strict=True):
         own = {"base_model": name, "model_dir": directory, "device": device}
-        commands.append(service_command("sampler", f"sampler-{slug}", own))
+        commands.append(service_command("sampler", f"sampler-{slug}", {**own, "engine": engine}))
         commands.append(service_command("trainer", f"trainer-{slug}", own))
     return commands
 
