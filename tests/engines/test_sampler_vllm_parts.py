@@ -25,16 +25,17 @@ from shared.errors import PermanentError, UserError
 from tests.engines.reference import load_peft, write
 from tests.engines.sampler_tools import ask, logprobs_of, policy_files, tokens
 from tests.engines.tiny import make_tiny_model
+from tests.engines.vllm_tools import HEAD
 
 needs_vllm = pytest.mark.skipif(not installed(), reason="needs vLLM: `make vllm` makes an environment that has it")
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
-SMALLEST_HEAD = 32
+pytestmark = pytest.mark.timeout(300)
+in_one_loop = pytest.mark.asyncio(loop_scope="module")
 LONG = [at * 7 % 250 for at in range(300)]
 
 
 @pytest.fixture(scope="module")
 def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("vllm") / "tied", tied=True, head_dim=SMALLEST_HEAD)
+    return make_tiny_model(tmp_path_factory.mktemp("vllm") / "tied", tied=True, head_dim=HEAD)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -48,6 +49,7 @@ async def engine(tied_model: Path) -> AsyncIterator[VllmSamplerEngine]:
 
 
 @needs_vllm
+@in_one_loop
 async def test_a_prompt_that_takes_several_steps_is_scored_whole(engine: VllmSamplerEngine, tied_model: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(tied_model).eval()
     asked = [ask(LONG, prompt_logprobs=True, prompt_logprobs_last_n=last, max_tokens=2) for last in (None, 100)]
@@ -60,6 +62,7 @@ async def test_a_prompt_that_takes_several_steps_is_scored_whole(engine: VllmSam
 
 
 @needs_vllm
+@in_one_loop
 async def test_an_adapted_unembedding_leaves_the_tied_embedding_alone(
     engine: VllmSamplerEngine, tied_model: Path, tmp_path: Path
 ) -> None:
@@ -75,6 +78,7 @@ async def test_an_adapted_unembedding_leaves_the_tied_embedding_alone(
 
 
 @needs_vllm
+@in_one_loop
 async def test_a_policy_of_too_high_a_rank_is_refused_with_the_way_out(
     engine: VllmSamplerEngine, tied_model: Path
 ) -> None:
@@ -84,11 +88,11 @@ async def test_a_policy_of_too_high_a_rank_is_refused_with_the_way_out(
 
 
 @pytest.mark.parametrize(("wanted", "room"), [(1, 1), (2, 8), (32, 32), (33, 64), (128, 128)])
-async def test_room_is_made_for_the_next_rank_that_vllm_knows(wanted: int, room: int) -> None:
+def test_room_is_made_for_the_next_rank_that_vllm_knows(wanted: int, room: int) -> None:
     assert room_for(wanted) == room
 
 
-async def test_room_for_no_or_too_high_a_rank_is_refused() -> None:
+def test_room_for_no_or_too_high_a_rank_is_refused() -> None:
     for wanted in (0, 129):
         with pytest.raises(UserError, match=f"max_rank {wanted}: it goes from 1 to 128"):
             room_for(wanted)
@@ -117,7 +121,7 @@ if __name__ == "__main__":
 
 
 @needs_vllm
-async def test_a_sampler_that_is_killed_leaves_no_process_behind(tied_model: Path, tmp_path: Path) -> None:
+def test_a_sampler_that_is_killed_leaves_no_process_behind(tied_model: Path, tmp_path: Path) -> None:
     script = tmp_path / "starter.py"
     script.write_text(STARTER)
     root = Path(__file__).parents[2]
@@ -137,7 +141,7 @@ async def test_a_sampler_that_is_killed_leaves_no_process_behind(tied_model: Pat
     give_up = time.monotonic() + 60
     while left := [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]:
         assert time.monotonic() < give_up, left
-        await asyncio.sleep(0.2)
+        time.sleep(0.2)
 
 
 def _path(root: Path) -> dict[str, str]:

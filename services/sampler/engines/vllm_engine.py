@@ -53,10 +53,11 @@ class VllmSamplerEngine:
         """Take the settings; nothing is loaded before `start`.
 
         Those that `TorchSamplerEngine` has too mean the same; `prefill_tokens` None: vLLM's choice. `max_rank`: highest
-        rank of a policy; each takes as much memory as if it had it. `memory_share`: part of a GPU's memory for weights, policies and cache together;
-        `cache_bytes`: for the cache alone, instead; None on a CPU: a quarter of the available memory, 4 GiB at most.
-        `eager`: neither compile nor capture CUDA graphs, which starts sooner and generates slower; None: only on a CPU.
-        `core`: one that runs already and goes on after `stop`; then settings that concern it are its own.
+        rank of a policy; each takes as much memory as if it had it. `memory_share`: part of a GPU's memory for weights,
+        policies and cache together; `cache_bytes`: for the cache alone, instead; None on a CPU: a quarter of the
+        available memory, 4 GiB at most. `eager`: neither compile nor capture CUDA graphs, which starts sooner and
+        generates slower; None: only on a CPU. `core`: one that runs already and goes on after `stop`; then settings
+        that concern it are its own.
 
         Raise `UserError` for a `max_rank` that cannot be.
         """

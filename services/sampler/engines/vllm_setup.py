@@ -35,8 +35,15 @@ ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     # One position more than the model has, which no token is computed at: scoring a full context takes one new token.
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+}
+CPU_ENVIRONMENT = {
     # A trainer shares the cores; bound to one of them each, both would wait for the other.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # vLLM's adapters on CPUs make tensors of hundreds of megabytes and drop them again. Taken from the system each
+    # time, their pages cost more than the arithmetic.
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
 }
 
 
@@ -84,7 +91,7 @@ def set_environment(settings: VllmSettings) -> None:
     Must come before vLLM is imported.
     """
     # The one place outside of `shared.config` that touches the environment: vLLM has no other way to be told.
-    own = dict(ENVIRONMENT)
+    own = dict(ENVIRONMENT) | (CPU_ENVIRONMENT if settings.device == "cpu" else {})
     if settings.threads:
         own["OMP_NUM_THREADS"] = str(settings.threads)
     for name, value in own.items():
