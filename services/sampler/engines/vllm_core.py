@@ -156,8 +156,8 @@ class VllmCore:
     @contextlib.asynccontextmanager
     async def held(self) -> AsyncIterator[None]:
         """Sequences that begin inside the block are computed only after it, and from one step on."""
-        await self._llm.pause_generation(mode="keep", clear_cache=False)
         try:
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
             yield
         finally:
             await self._llm.resume_generation()

@@ -161,6 +161,9 @@ class Generation:
         """Append new tokens, up to the one that ends the sample."""
         width = self._request.topk_sample_logprobs
         rows = flat_rows(said.logprobs, len(said.token_ids))
+        if not width and not self._stop.strings:  # most requests; a sample of thousands of tokens comes at once
+            self._add_plain(sample, said, rows.values)
+            return
         for token, (ids, values) in zip(said.token_ids, rows, strict=True):
             logprob, best, best_logprobs = drawn(ids, values, width)
             if math.isnan(logprob):
@@ -174,6 +177,16 @@ class Generation:
                 sample.stopped = True
                 return
         sample.stopped = said.finish_reason == "stop"
+
+    def _add_plain(self, sample: _Sample, said: Any, values: Sequence[float]) -> None:
+        """Append new tokens, all of which stay, each with its one number."""
+        logprobs = [-value for value in values]
+        if not all(map(math.isfinite, logprobs)):
+            raise self._overflow()
+        sample.tokens += said.token_ids
+        sample.logprobs += logprobs
+        sample.stopped = said.finish_reason == "stop"
+        self._count(0, len(logprobs))
 
     def _overflow(self) -> PermanentError:
         request = self._request

@@ -106,7 +106,7 @@ class PromptScorer:
         """Logits [n, V] of rows of one prompt, with its policy: vLLM is told that all of them are to be sampled."""
         lora = state.lora_request
         mapping = (lora.lora_int_id if lora is not None else 0,) * len(hidden)
-
+        # The next step sets its own mapping before it computes anything.
         self._runner._set_active_loras(mapping, mapping, set() if lora is None else {lora})  # noqa: SLF001
         logits: Tensor = self._runner.model.compute_logits(hidden)
         return logits.float()
