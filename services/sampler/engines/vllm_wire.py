@@ -1,7 +1,7 @@
 """How a request travels to vLLM's processes and its numbers come back, through vLLM's own types and unchanged.
 
-vLLM draws with generators that depend on how a batch is made up, and gives log-probabilities after top-k and top-p,
-or before the temperature; neither is what a request means (docs/sampling.md). So each sequence is a greedy request of
+vLLM gives log-probabilities after top-k and top-p, or before the temperature, and draws seeded requests one by one with
+generators of the device's; neither is what a request means (docs/sampling.md). So each sequence is a greedy request of
 vLLM's that carries in `extra_args` what our logits processor needs to draw a token itself, exactly as the torch engine
 does. The processor hands back logits in which the drawn token has *minus* its log-probability, which makes it the only
 one that is not negative, hence vLLM's choice; the likeliest tokens have their log-probabilities, and all others minus
@@ -31,7 +31,7 @@ def drawing_arguments(params: SamplingParams, key: int, width: int) -> dict[str,
         "key": key,
         "width": width,
         "temperature": params.temperature,
-        "top_k": params.top_k,
+        "top_k": min(params.top_k, 1 << 31),  # more than any vocabulary, less than what a message carries
         "top_p": params.top_p,
     }
 

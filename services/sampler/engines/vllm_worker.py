@@ -1,8 +1,8 @@
 """vLLM's worker with two things of ours: it scores prompts as requests mean it, and it ends with the sampler.
 
 vLLM's own scores of a prompt know neither targets nor the last positions only, make the logits of a whole prompt at
-once, and are wrong for a policy that adapts the unembedding: its adapter is then applied to as many rows as sequences
-are sampled, and these are rows of a prompt. `PromptScorer` stands in for that one method of the model runner.
+once, and leave out that a policy may adapt the unembedding: vLLM maps adapters to as many rows as sequences are
+sampled, and these are rows of a prompt. `PromptScorer` stands in for that one method of the model runner.
 """
 
 from __future__ import annotations
