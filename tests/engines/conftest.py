@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from services.sampler.engines.torch_engine import TorchSamplerEngine
 from services.trainer.engines.torch_engine import TorchTrainerEngine
-from tests.engines.sampler_tools import Start
+from tests.engines.sampler_tools import Prefill, Start
 from tests.engines.tiny import make_tiny_model
 
 
@@ -55,3 +55,9 @@ async def start(sampler_model: Path) -> AsyncIterator[Start]:
 def tolerance() -> float:
     """By how much log-probabilities may differ from the reference's."""
     return 1e-4
+
+
+@pytest.fixture
+def prefill() -> Prefill:
+    """What the engine computes again of prompts."""
+    return Prefill()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -23,6 +24,22 @@ StartAny = Callable[..., Awaitable[SamplerEngine]]
 """Starts an engine of any kind on the tiny model, with the settings that engines share, named as the torch engine's."""
 _PARAMS = frozenset(field.name for field in msgspec.structs.fields(SamplingParams))
 PROMPTS = [[5], [72, 101, 108, 108, 111], list(range(40, 75)), [3, 1, 4, 1, 5, 9, 2, 6], [200] * 21]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What an engine computes of prompts that it has computed already. It keeps them in blocks of so many tokens."""
+
+    block: int | None = None
+    """None: it keeps a prompt for the samples of its own request, whole."""
+
+    def again(self, length: int) -> int:
+        """Tokens that each further sample computes: those of the last block, since what comes last is never kept."""
+        return 0 if self.block is None else (length - 1) % self.block + 1
+
+    def reused(self, lengths: Iterable[int]) -> int:
+        """Tokens of prompts that may have been kept from other requests."""
+        return 0 if self.block is None else sum(length - self.again(length) for length in lengths)
 
 
 def decode(tokens: Sequence[int]) -> str:
@@ -70,7 +87,7 @@ def logprobs_of(model: Any, prompt: Sequence[int], sampled: Sequence[int], tempe
 
 def policy_files(model: Any, seed: int, **spec: Any) -> tuple[Adapter, dict[str, bytes]]:
     """Make an adapter whose B is not zero, so that it changes what the model says."""
-    adapter = Adapter.fresh(model, LoraSpec(rank=4, seed=seed, **spec))
+    adapter = Adapter.fresh(model, LoraSpec(**{"rank": 4, "seed": seed, **spec}))
     generator = torch.Generator().manual_seed(seed)
     for _, b in adapter.weights.values():
         b.normal_(generator=generator).mul_(0.1)

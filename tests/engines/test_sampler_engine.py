@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from services.sampler.engines.stops import stop_rule
 from shared.contracts.policies import PolicyRef
-from shared.contracts.sampling import SampledSequence
 from tests.engines.sampler_tools import (
     PROMPTS,
     Start,
@@ -57,30 +56,6 @@ async def test_rows_of_one_policy_are_computed_side_by_side(
     await together(engine, [ask(PROMPTS[0], policy=each, max_tokens=9 + at) for at, each in enumerate(mixed)])
     assert max(rows for rows, _ in seen) > 6
     assert max(segments for _, segments in seen) <= 3
-
-
-# Seeds and isolation
-
-
-async def test_isolated_results_are_bitwise_independent_of_traffic(start: Start, reference: Any) -> None:
-    requests = [
-        ask(prompt, seed=seed, num_samples=3, max_tokens=20, isolated=True, prompt_logprobs=True)
-        for seed, prompt in enumerate(PROMPTS)
-    ]
-    engine = await start()
-    before = [await engine.generate(request) for request in requests]
-    traffic = [ask(prompt, num_samples=5, max_tokens=9 + at) for at, prompt in enumerate(PROMPTS * 2)]
-    mixed = [request for pair in zip(traffic, requests[::-1] * 2, strict=True) for request in pair]
-    during = (await together(engine, mixed))[1::2]
-    for expected, found in zip((before[::-1]) * 2, during, strict=True):
-        assert [_bytes(s) for s in expected.sequences] == [_bytes(s) for s in found.sequences]
-        assert expected.prompt_logprobs is not None
-        assert found.prompt_logprobs is not None
-        assert expected.prompt_logprobs.tobytes() == found.prompt_logprobs.tobytes()
-
-
-def _bytes(sequence: SampledSequence) -> tuple[bytes, bytes]:
-    return sequence.tokens.tobytes(), sequence.logprobs.tobytes()
 
 
 # Where samples end

@@ -42,21 +42,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_tiny_model(directory: Path, *, seed: int = 0, family: str = "llama", tied: bool | None = None) -> Path:
+def make_tiny_model(
+    directory: Path, *, seed: int = 0, family: str = "llama", tied: bool | None = None, **shape: Any
+) -> Path:
     """Write config, safetensors and tokenizer into `directory`, which is made, and return it.
 
     `tied` says whether unembedding and embedding are one matrix; None: yes for the Gemma families, no for others.
+    `shape` holds settings of the model's configuration that are to be others than here.
     Weights are larger than a fresh model's, so that logits of different positions differ visibly.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
     ids = {"bos_token_id": None, "eos_token_id": IM_END, "pad_token_id": PAD}
     tie = family.startswith("gemma") if tied is None else tied
-    settings = {**shape, **heads, **ids, **FAMILIES[family], "tie_word_embeddings": tie, "initializer_range": 0.15}
+    settings = {**sizes, **heads, **ids, **FAMILIES[family], "tie_word_embeddings": tie, "initializer_range": 0.15}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings | shape), dtype=torch.float32)
     model.generation_config.eos_token_id = IM_END
     model.save_pretrained(directory)
     save_tokenizer(directory)

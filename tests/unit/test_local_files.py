@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
@@ -17,6 +18,7 @@ from services.coordinator.config import CoordinatorConfig
 from services.environment.config import EnvironmentConfig
 from services.local import logs
 from services.local.config import Paths, Setting, mesh_commands, slugs, write_toml
+from services.local.machine import SamplerEngine, check_engine
 from services.local.state import (
     MeshState,
     ServiceState,
@@ -213,3 +215,17 @@ def test_a_time_that_is_no_time_falls_back(paths: Paths) -> None:
     now = time.time()
     assert logs.parse('{"time": "yesterday"}', "a", now).when == now
     assert logs.parse("[1, 2]", "a", now).fields["message"] == "[1, 2]"
+
+
+def test_only_samplers_are_told_which_engine_generates(tmp_path: Path) -> None:
+    commands = mesh_commands(Paths.of(tmp_path), {"tiny": Path("/models/tiny")}, engine="vllm")
+    assert {command.service: command.config.get("engine") for command in commands} == {
+        "coordinator": None, "environment": None, "reward": None, "sampler": "vllm", "trainer": None,
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_an_engine_that_is_not_installed_is_refused_with_the_way_out() -> None:
+    check_engine(SamplerEngine.TORCH)
+    with pytest.raises(UserError, match="vLLM is not installed.*make vllm"):
+        check_engine(SamplerEngine.VLLM)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from services.sampler.engines.base import SamplerEngine
-from tests.engines.sampler_tools import PROMPTS, StartAny, ask, continued, together, tokens
+from shared.contracts.sampling import SampledSequence
+from tests.engines.sampler_tools import PROMPTS, Prefill, StartAny, ask, continued, together, tokens
 from tests.engines.tiny import VOCABULARY
 
 FILTERS: list[dict[str, Any]] = [
@@ -122,7 +123,7 @@ class Drawing:
         assert [s.tokens for s in alone.sequences] == [s.tokens for s in among.sequences]
 
     async def test_rows_that_end_at_different_times_leave_the_others_right(
-        self, start: StartAny, reference: Any
+        self, start: StartAny, reference: Any, prefill: Prefill
     ) -> None:
         engine = await start(max_sequences=6)
         lengths = [1, 30, 2, 17, 9, 25, 3, 40, 5, 12, 21, 70]
@@ -132,4 +133,25 @@ class Drawing:
             assert tokens(result) == continued(reference, prompt, count)
         assert engine.load().running == engine.load().waiting == 0
         assert engine.load().sampled_tokens == sum(lengths)
-        assert engine.load().prompt_tokens == sum(len(prompt) for prompt, _ in asked)
+        total = sum(len(prompt) for prompt, _ in asked)
+        assert total - prefill.reused(len(prompt) for prompt, _ in asked) <= engine.load().prompt_tokens <= total
+
+    async def test_isolated_results_are_bitwise_independent_of_traffic(self, start: StartAny) -> None:
+        requests = [
+            ask(prompt, seed=seed, num_samples=3, max_tokens=20, isolated=True, prompt_logprobs=True)
+            for seed, prompt in enumerate(PROMPTS)
+        ]
+        engine = await start()
+        before = [await engine.generate(request) for request in requests]
+        traffic = [ask(prompt, num_samples=5, max_tokens=9 + at) for at, prompt in enumerate(PROMPTS * 2)]
+        mixed = [request for pair in zip(traffic, requests[::-1] * 2, strict=True) for request in pair]
+        during = (await together(engine, mixed))[1::2]
+        for expected, found in zip((before[::-1]) * 2, during, strict=True):
+            assert [_bytes(s) for s in expected.sequences] == [_bytes(s) for s in found.sequences]
+            assert expected.prompt_logprobs is not None
+            assert found.prompt_logprobs is not None
+            assert expected.prompt_logprobs.tobytes() == found.prompt_logprobs.tobytes()
+
+
+def _bytes(sequence: SampledSequence) -> tuple[bytes, bytes]:
+    return sequence.tokens.tobytes(), sequence.logprobs.tobytes()

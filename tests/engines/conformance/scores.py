@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shared.contracts.arrays import Float32s, Int32s
 from shared.contracts.sampling import EMPTY_LOGPROB, TopLogprobs
-from tests.engines.sampler_tools import PROMPTS, StartAny, ask, logprobs_of, together
+from tests.engines.sampler_tools import PROMPTS, Prefill, StartAny, ask, logprobs_of, together
 
 
 @torch.no_grad()
@@ -77,10 +77,10 @@ class Scores:
         assert sampled.prompt_logprobs is not None
         assert scored.prompt_logprobs[1:] == pytest.approx(list(sampled.prompt_logprobs[1:]), abs=1e-5)
 
-    async def test_a_prompt_is_computed_once_for_all_of_its_samples(self, start: StartAny) -> None:
-        engine = await start()
-        await engine.generate(ask(PROMPTS[2], num_samples=7))
-        assert engine.load().prompt_tokens == len(PROMPTS[2])
+    async def test_a_prompt_is_computed_once_for_all_of_its_samples(self, start: StartAny, prefill: Prefill) -> None:
+        engine, prompt = await start(), [at * 7 % 250 for at in range(100)]
+        await engine.generate(ask(prompt, num_samples=7))
+        assert engine.load().prompt_tokens == len(prompt) + 6 * prefill.again(len(prompt))
 
     @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
     async def test_likeliest_tokens_of_samples_are_of_the_scaled_distribution(
@@ -145,7 +145,7 @@ class Scores:
         assert result.prompt_logprobs[first:].tolist() == pytest.approx(expected, abs=tolerance)
         check_top(result.top_prompt_logprobs, distributions(reference, prompt)[first - 1 : -1], tolerance, empty=first)
 
-    async def test_everything_at_once_takes_one_prefill(self, start: StartAny) -> None:
+    async def test_everything_at_once_takes_one_prefill(self, start: StartAny, prefill: Prefill) -> None:
         engine = await start()
         targets = Int32s([3] * (len(PROMPTS[2]) - 1))
         request = ask(
@@ -153,7 +153,7 @@ class Scores:
             target_logprobs=targets, prompt_logprobs_last_n=4,
         )  # fmt: skip
         result = await engine.generate(request)
-        assert engine.load().prompt_tokens == len(PROMPTS[2])
+        assert engine.load().prompt_tokens == len(PROMPTS[2]) + 2 * prefill.again(len(PROMPTS[2]))
         assert result.target_logprobs is not None
         assert not any(map(math.isnan, result.target_logprobs)), "these are named one by one, whatever last_n says"
         assert result.top_prompt_logprobs is not None
