@@ -146,7 +146,7 @@ class Bus:
             headers[BLOB_HEADER] = await self._check_in(body)
             body = b""
         headers[api.Header.MSG_ID.value] = msg_id or uuid.uuid4().hex
-        return await self._store(channel.subject(**parts), body, headers)
+        return await self._store(channel.subject_of(message, **parts), body, headers)
 
     async def answer(self, result: Result, *, json: bool | None = None, msg_id: str | None = None) -> None:
         """Publish the one answer of a request. A second one is dropped, unless it has another `msg_id`."""
@@ -465,6 +465,7 @@ def _stream_config(stream: Stream) -> api.StreamConfig:
         duplicate_window=stream.duplicate_window,
         storage=api.StorageType.FILE,
         allow_direct=True,
+        republish=api.RePublish(*stream.notices, headers_only=True) if stream.notices else None,
     )
 
 
