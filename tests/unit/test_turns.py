@@ -20,9 +20,7 @@ def test_the_line_of_which_least_is_held_is_next_and_of_equals_the_one_that_wait
 def test_a_line_takes_no_more_than_its_share_while_others_wait() -> None:
     assert next_line({"a": 1, "b": 2}, {}, 512) == ("a", 256)
     assert next_line({"a": 1, "b": 2}, {"a": 500}, 12) == ("b", 12), "it catches up"
-    assert next_line({"a": 1, "b": 2}, {"c": 500}, 12) == ("a", 6), (
-        "others hold those"
-    )
+    assert next_line({"a": 1, "b": 2}, {"c": 500}, 12) == ("a", 6), "others hold those"
 
 
 def test_endless_lines_are_given_the_same_however_many_places_are_free_each_time() -> None:
