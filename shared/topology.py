@@ -257,6 +257,7 @@ def sampler_consumer(base_model: str) -> Consumer[SampleRequest]:
         f"sampler-{token(base_model)}",
         SAMPLES,
         pool,
+        ack_wait=10.0,  # as leases: whoever waits for a sample should not wait long for a replica that is dead
         max_pending=4096,
         lines=f"{pool}.*",
         notices=f"rl.v1.waiting.{token(base_model)}",
