@@ -45,11 +45,12 @@ class Crowd:
 async def over_the_bus(
     directory: Path, sampler: Mapping[str, Setting], offline: Offline, crowd: Crowd, vocabulary: int
 ) -> Row:
-    """Measure a crowd through the bus, and the same on the engine alone; the engine is started twice."""
-    (alone,) = await seconds_of(offline)
+    """Measure a crowd through the bus, and before and after that on the engine alone: they share one device."""
+    (before,) = await seconds_of(offline)
     async with mesh(directory) as ours, ours.process("sampler", "sampler", _with(sampler, crowd)):
         seconds = [await _crowd(ours, crowd, vocabulary, [None]) for _ in range(offline.repeats + 1)][1:]
-    bus, engine = statistics.median(seconds), statistics.median(alone)
+    (after,) = await seconds_of(offline)
+    bus, engine = statistics.median(seconds), statistics.median(before + after)
     return Row(
         f"bus-{crowd.requests}x{crowd.prompt}+{crowd.new}",
         {"tok/s": crowd.tokens / bus, "offline tok/s": crowd.tokens / engine, "of offline": engine / bus},

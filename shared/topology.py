@@ -30,6 +30,8 @@ MIB = 1 << 20
 MAX_NAME = 200
 MAX_CONSUMER_NAME = 255
 """What nats-server takes."""
+LINE = "=="
+"""In the name of a line's consumer, before the owner: no token holds it, so the name is no other consumer's."""
 BODIES = "messages/"
 """Where the blob store keeps bodies that are too large for a message."""
 BODIES_AGE = 7 * DAY
@@ -219,10 +221,9 @@ class Consumer(Generic[T]):
         """The consumer of one line."""
         if subject == self.subject:
             return self
-        # No token holds "==", so no line's name is that of another pool's consumer.
-        name = f"{self.name}=={subject.rpartition('.')[2]}"
+        name = f"{self.name}{LINE}{subject.rpartition('.')[2]}"
         if len(name) > MAX_CONSUMER_NAME:
-            name = f"{name[: MAX_CONSUMER_NAME - 34]}=={hashlib.sha256(name.encode()).hexdigest()[:32]}"
+            name = f"{name[: MAX_CONSUMER_NAME - 34]}{LINE}{hashlib.sha256(name.encode()).hexdigest()[:32]}"
         return replace(self, name=name, subject=subject, lines="", notices="")
 
     def noticed(self, subject: str) -> str:

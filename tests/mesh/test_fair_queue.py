@@ -54,11 +54,11 @@ class Replica:
         while self._gates:
             self.end_one()
 
-    async def has_begun(self, count: int) -> None:
+    async def has_begun(self, count: int, seconds: float = 60.0) -> None:
         async def look() -> bool | None:
             return True if len(self.begun) >= count else None
 
-        await eventually(look)
+        await eventually(look, seconds)
 
     async def noticed(self, line: str) -> None:
         """Wait until it knows that a line may have requests."""
@@ -178,3 +178,13 @@ async def test_a_consumer_that_the_server_has_forgotten_is_made_again(bus: Bus) 
         await bus.stream_context.delete_consumer(topology.SAMPLE.name, line.name)
         await publish(bus, "owner")
         await one.has_begun(2)
+
+
+async def test_there_may_be_more_owners_than_the_server_keeps_consumers_for(bus: Bus) -> None:
+    owners = [f"owner-{number}" for number in range(1100)]  # nats-server 2.15 keeps a thousand
+    async with replica(bus, 32) as one:
+        one.open = True
+        for first in range(0, len(owners), 100):
+            await asyncio.gather(*(publish(bus, owner) for owner in owners[first : first + 100]))
+        await one.has_begun(len(owners), seconds=50)  # less than the server takes to forget one by itself
+        assert set(one.begun) == set(owners)
