@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -115,7 +116,8 @@ class Bench:
             yield row
 
     def _sampler(self) -> dict[str, Setting]:
-        return {**self._common, "model_dir": self._directory(SMALL), "engine": self._options.engine}
+        own = {"model_dir": self._directory(SMALL), "engine": self._options.engine, **self._options.sampler}
+        return {**self._common, **own}
 
     def _offline(self, shape: str, sequences: int, batches: list[Batch]) -> Offline:
         return Offline(
@@ -148,6 +150,8 @@ CASES: dict[str, Callable[[Bench], AsyncIterator[Row]]] = {
 
 async def run(options: argparse.Namespace) -> bool:
     """Measure the chosen cases, one after the other; whether every figure is as wanted."""
+    if (task := asyncio.current_task()) is not None:  # SIGTERM ends the mesh's processes too
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     options.out.mkdir(parents=True, exist_ok=True)
     conditions = {**about(options.device), "engine": options.engine, "command": " ".join(sys.argv)}
     print(json.dumps(conditions), flush=True)
@@ -172,9 +176,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each engine; default: all cores")
     parser.add_argument("--syncs", type=int, default=0)
     parser.add_argument("--weights", action="append", default=[], metavar="SHAPE=DIRECTORY")
+    parser.add_argument(
+        "--sampler", action="append", default=[], metavar="KEY=VALUE", help="of its configuration, JSON"
+    )
     parser.add_argument("--out", type=Path, default=Path("loadtest-sampler"), help="logs, models and sampler.json")
     options = parser.parse_args()
     options.weights = dict(pair.split("=", 1) for pair in options.weights)
+    options.sampler = {key: json.loads(value) for key, _, value in (pair.partition("=") for pair in options.sampler)}
     sys.exit(0 if asyncio.run(run(options)) else 1)
 
 

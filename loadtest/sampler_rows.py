@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ class Row:
 def percentile(values: Sequence[float], share: float) -> float:
     """Return the value below which `share` of them lie: the next one up, so that p99 of 100 is the 99th."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, -(-len(ordered) * share // 1).__int__() - 1))]
+    return ordered[max(0, math.ceil(len(ordered) * share) - 1)]
 
 
 def about(device: str) -> dict[str, Any]:
