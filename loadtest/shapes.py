@@ -10,6 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
 """Dense bf16, from NVIDIA's data sheets, by what the device's name contains."""
 
+PEAK_BYTES = {"H100": 3.35e12, "H200": 4.8e12}
+"""Bytes a second to and from the device's memory, from NVIDIA's data sheets (SXM)."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -53,6 +56,16 @@ class Shape:
         """Weights that every token is multiplied with, the unembedding included."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.mlp) + self.hidden * self.vocabulary
+
+    def decode_bytes(self, sequences: int, context: float, size: int) -> float:
+        """Bytes that one decoding step must read, with `size` bytes a number: the least that any engine moves.
+
+        Every weight that tokens are multiplied with, once for all sequences; and for each of these the keys and values
+        of `context` positions, 2 * layers * kv_heads * head_dim numbers each. Writing the new ones, activations and
+        logits are left out.
+        """
+        position = 2 * self.layers * self.kv_heads * self.head_dim
+        return size * (self.matmul_parameters + sequences * context * position)
 
     def flops_per_token(self, sequence: int) -> float:
         """Operations of a forward and backward pass over frozen weights, with causal attention.

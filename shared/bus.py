@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -25,7 +24,7 @@ from nats.js import JetStreamContext, api
 from nats.js import errors as js_errors
 
 from shared import observe, topology, wire
-from shared.blobs import Blobs
+from shared.blobs import Blobs, checksum
 from shared.contracts.blobs import BlobRef
 from shared.contracts.results import DeadLetter, RequestFailed, Result
 from shared.errors import MeshError, PermanentError, StorageFull, TemporaryError, UserError, failure_of
@@ -146,7 +145,7 @@ class Bus:
             headers[BLOB_HEADER] = await self._check_in(body)
             body = b""
         headers[api.Header.MSG_ID.value] = msg_id or uuid.uuid4().hex
-        return await self._store(channel.subject(**parts), body, headers)
+        return await self._store(channel.subject_of(message, **parts), body, headers)
 
     async def answer(self, result: Result, *, json: bool | None = None, msg_id: str | None = None) -> None:
         """Publish the one answer of a request. A second one is dropped, unless it has another `msg_id`."""
@@ -179,7 +178,8 @@ class Bus:
 
     async def _check_in(self, body: bytes) -> str:
         # Named by its content: a publisher that tries again does not leave a copy each time.
-        ref = await self.blobs.put(f"{topology.BODIES}{hashlib.sha256(body).hexdigest()}", body)
+        digest = await checksum(body)
+        ref = await self.blobs.put(f"{topology.BODIES}{digest}", body, sha256=digest)
         return wire.encode(ref, json=True).decode()
 
     async def _store(self, subject: str, body: bytes, headers: dict[str, str]) -> int:
@@ -465,6 +465,7 @@ def _stream_config(stream: Stream) -> api.StreamConfig:
         duplicate_window=stream.duplicate_window,
         storage=api.StorageType.FILE,
         allow_direct=True,
+        republish=api.RePublish(*stream.notices, headers_only=True) if stream.notices else None,
     )
 
 

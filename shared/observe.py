@@ -11,6 +11,7 @@ import logging
 import secrets
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 IDS = ("job", "group", "run", "request", "policy")
 """Ids that a log line may also be given by itself: `log.info("…", extra={"run": name})`."""
+SECONDS = "seconds"
+"""What a log line may also be given: how long parts of something took, by name."""
 _bound: ContextVar[Mapping[str, str]] = ContextVar("bound", default=MappingProxyType({}))
 
 
@@ -45,8 +48,23 @@ def bound(**ids: str) -> Iterator[None]:
         _bound.reset(reset)
 
 
+class Stopwatch:
+    """How long the parts of something took, one after the other, for the log."""
+
+    def __init__(self) -> None:
+        self.seconds = {"began": time.time()}
+        """`began` is a wall-clock time, so that what several processes did can be put together."""
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """What was done since the last call has this name."""
+        now = time.monotonic()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, service, replica, logger, message, ids, trace, error."""
+    """One JSON object a line: time, level, service, replica, logger, message, ids, seconds, trace, error."""
 
     def __init__(self, service: str, replica: str) -> None:
         super().__init__()
@@ -63,6 +81,8 @@ class JsonFormatter(logging.Formatter):
             **_bound.get(),
             **{name: str(record.__dict__[name]) for name in IDS if name in record.__dict__},
         }
+        if parts := record.__dict__.get(SECONDS):
+            line[SECONDS] = {name: round(value, 6) for name, value in parts.items()}
         if (span := trace.get_current_span().get_span_context()).is_valid:
             line["trace"] = f"{span.trace_id:032x}"
         if record.exc_info and record.exc_info[0]:

@@ -6,8 +6,9 @@ tokens by `token`, so no name can widen a subject.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
@@ -31,6 +32,10 @@ HOUR = 3600.0
 DAY = 24 * HOUR
 MIB = 1 << 20
 MAX_NAME = 200
+MAX_CONSUMER_NAME = 255
+"""What nats-server takes."""
+LINE = "=="
+"""In the name of a line's consumer, before the owner: no token holds it, so the name is no other consumer's."""
 BODIES = "messages/"
 """Where the blob store keeps bodies that are too large for a message."""
 BODIES_AGE = 7 * DAY
@@ -61,12 +66,19 @@ class Stream:
     """Seconds in which a repeated message id is recognised."""
     drops_oldest: bool = False
     """When full, lose the oldest message rather than refuse the newest. Only where nobody depends on the oldest."""
+    notices: tuple[str, str] | None = None
+    """For each message on the first subject, once it is stored, its headers go out on the second, on no stream."""
 
 
 JOBS = Stream("JOBS", ("rl.v1.jobs.*",), Kept.BY_LIMITS, max_age=7 * DAY, max_bytes=64 * MIB)
 CHECKS = Stream("CHECKS", ("rl.v1.checks.*",), Kept.UNTIL_DONE, max_age=60.0, max_bytes=16 * MIB, duplicate_window=60.0)
 TRAIN = Stream("TRAIN", ("rl.v1.train.*",), Kept.BY_LIMITS, max_bytes=4096 * MIB)
-SAMPLE = Stream("SAMPLE", ("rl.v1.sample.*",), Kept.UNTIL_DONE)
+SAMPLE = Stream(
+    "SAMPLE",
+    ("rl.v1.sample.*", "rl.v1.sample.*.*"),
+    Kept.UNTIL_DONE,
+    notices=("rl.v1.sample.>", "rl.v1.waiting.>"),
+)
 EPISODES = Stream("EPISODES", ("rl.v1.episodes.*",), Kept.UNTIL_DONE)
 SCORES = Stream("SCORES", ("rl.v1.scores.*",), Kept.UNTIL_DONE)
 ROLLOUTS = Stream(
@@ -93,10 +105,18 @@ class Channel(Generic[T]):
     stream: Stream
     json: bool = False
     """Write JSON rather than MessagePack. Both are always read."""
+    by: str = ""
+    """A field of the message that we put behind the subject, as one more token, so that each of its values has a line
+    of its own. Messages of others that lack this token are taken too."""
 
     def subject(self, **parts: str) -> str:
         """The subject for these parts."""
         return self.template.format(**{name: _tokens(name, value) for name, value in parts.items()})
+
+    def subject_of(self, message: T, **parts: str) -> str:
+        """The subject on which we publish this message."""
+        subject = self.subject(**parts)
+        return f"{subject}.{token(getattr(message, self.by))}" if self.by else subject
 
     @property
     def pattern(self) -> str:
@@ -159,7 +179,7 @@ ENVIRONMENT_CHECKS = Channel[CheckEnvironment](
 )
 REWARD_CHECKS = Channel[CheckReward]("reward_checks", "rl.v1.checks.reward", CheckReward, CHECKS)
 OPERATIONS = Channel[AnyOperation]("operations", "rl.v1.train.{run}", AnyOperation, TRAIN)
-SAMPLES = Channel[SampleRequest]("samples", "rl.v1.sample.{pool}", SampleRequest, SAMPLE)
+SAMPLES = Channel[SampleRequest]("samples", "rl.v1.sample.{pool}", SampleRequest, SAMPLE, by="owner")
 GROUPS = Channel[PlayGroup]("groups", "rl.v1.episodes.{environment}", PlayGroup, EPISODES)
 PLAYED = Channel[ScoreGroup]("played", "rl.v1.scores.{reward}", ScoreGroup, SCORES)
 SCORED = Channel[GroupScored]("scored", "rl.v1.rollouts.{job}", GroupScored, ROLLOUTS)
@@ -211,7 +231,26 @@ class Consumer(Generic[T]):
     """How often one may be given out to somebody who then ends without a word (see `shared.chances`). 0: as often as
     `temporary_deliveries` allows."""
     max_pending: int = 256
-    """Messages that may be out at the same time, over all replicas: the back-pressure of a work queue."""
+    """Messages that may be out at the same time, over all replicas: the back-pressure of a work queue. With `lines`,
+    of each line."""
+    lines: str = ""
+    """A pattern that ends in `*`: each of its subjects is a line, with a durable consumer of its own, and lines are
+    served in turn. The consumer's own `subject` is one more line. Empty: only that one."""
+    notices: str = ""
+    """With `lines`, where the stream tells of their messages: this stands there in place of `subject`."""
+
+    def line(self, subject: str) -> Consumer[T]:
+        """The consumer of one line."""
+        if subject == self.subject:
+            return self
+        name = f"{self.name}{LINE}{subject.rpartition('.')[2]}"
+        if len(name) > MAX_CONSUMER_NAME:
+            name = f"{name[: MAX_CONSUMER_NAME - 34]}{LINE}{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+        return replace(self, name=name, subject=subject, lines="", notices="")
+
+    def noticed(self, subject: str) -> str:
+        """The line that a notice is about."""
+        return self.subject + subject.removeprefix(self.notices)
 
     def is_last(self, error: BaseException, deliveries: int) -> bool:
         """Whether a message that failed with `error` will not be given out again.
@@ -235,8 +274,23 @@ REWARD_CHECKERS = Consumer("reward-checks", REWARD_CHECKS, REWARD_CHECKS.pattern
 
 
 def sampler_consumer(base_model: str) -> Consumer[SampleRequest]:
-    """The consumer that all samplers of a base model share."""
-    return Consumer(f"sampler-{token(base_model)}", SAMPLES, SAMPLES.subject(pool=base_model), max_pending=4096)
+    """What all samplers of a base model share: a line for each owner, and one for requests that name none."""
+    pool = SAMPLES.subject(pool=base_model)
+    return Consumer(
+        f"sampler-{token(base_model)}",
+        SAMPLES,
+        pool,
+        ack_wait=10.0,  # as leases: whoever waits for a sample should not wait long for a replica that is dead
+        max_pending=4096,
+        lines=f"{pool}.*",
+        notices=f"rl.v1.waiting.{token(base_model)}",
+    )
+
+
+def sample_owner(subject: str) -> str | None:
+    """The owner that the subject of a sample request names; None: it names none."""
+    _, _, rest = subject.removeprefix("rl.v1.sample.").partition(".")
+    return untoken(rest) if rest else None
 
 
 @dataclass(frozen=True)

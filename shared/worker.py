@@ -8,7 +8,7 @@
     cancelled, while stopping       → handed back at once, for another replica
 
 While a handler runs, the server is told so, so long work is not given to somebody else. `max_pending` of the consumer
-and `concurrency` here bound what is out.
+and `concurrency` here bound what is out. How messages are fetched, and whose turn it is, is in `shared.queues`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Generic, TypeVar
 
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
-from nats.js import JetStreamContext, api
 from nats.js import errors as js_errors
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -30,6 +30,7 @@ from shared import observe
 from shared.bus import BLOB_HEADER, REQUEST_HEADER, Bus, Delivery
 from shared.chances import Chances, TooOften
 from shared.errors import MeshError, PermanentError, TemporaryError, failure_of
+from shared.queues import queue_of
 from shared.tables import Stored
 from shared.tasks import cancelled
 from shared.topology import Consumer, Kept
@@ -37,7 +38,6 @@ from shared.topology import Consumer, Kept
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-FETCH_SECONDS = 1.0
 DEFECT_DELAY = 1.0
 MOST_DELAY = 30.0
 SECONDS_BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300)
@@ -74,6 +74,7 @@ class Worker(Generic[T]):
         self._consumer = consumer
         self._handle = handle
         self._on_too_often = on_too_often
+        self._queue = queue_of(bus, consumer)
         self._chances = Chances(bus, consumer)
         self._slots = asyncio.Semaphore(concurrency)
         self._concurrency = concurrency
@@ -90,15 +91,14 @@ class Worker(Generic[T]):
 
     async def run(self) -> None:
         """Take and handle messages until `stop`."""
-        subscription = await self._subscribe()
+        await self._queue.open()
         self._idle.clear()
         try:
             while not self._stopping.is_set():
-                subscription = await self._take_some(subscription)
+                await self._take_some()
         finally:
             self._idle.set()
-            with contextlib.suppress(NatsError):
-                await subscription.unsubscribe()
+            await self._queue.close()
 
     async def stop(self, grace: float) -> None:
         """Take nothing more; give what runs `grace` seconds to finish, then hand it back."""
@@ -108,39 +108,24 @@ class Worker(Generic[T]):
             await asyncio.wait(set(self._running), timeout=grace)
         await cancelled(set(self._running))
 
-    async def _subscribe(self) -> JetStreamContext.PullSubscription:
-        consumer = self._consumer
-        config = api.ConsumerConfig(
-            durable_name=consumer.name,
-            filter_subject=consumer.subject,
-            ack_policy=api.AckPolicy.EXPLICIT,
-            ack_wait=consumer.ack_wait,
-            max_ack_pending=consumer.max_pending,
-        )
-        stream = consumer.channel.stream.name
-        await self._bus.stream_context.add_consumer(stream, config)
-        return await self._bus.stream_context.pull_subscribe_bind(consumer=consumer.name, stream=stream)
-
-    async def _take_some(self, subscription: JetStreamContext.PullSubscription) -> JetStreamContext.PullSubscription:
+    async def _take_some(self) -> None:
         if self._slots.locked():
             await self._a_slot_or_the_end()
-            return subscription
-        free = self._concurrency - len(self._running)
+            return
         try:
-            messages = await subscription.fetch(max(1, free), timeout=FETCH_SECONDS)
-        except TimeoutError:  # nats-py's own is one of these too
-            return subscription
-        except (NatsError, js_errors.Error) as error:
+            messages = await self._queue.take(max(1, self._concurrency - len(self._running)))
+        except (NatsError, js_errors.Error, TimeoutError) as error:
             # The server is away, or has lost the consumer with its disk: wait, and make sure that it is there.
-            log.warning("taking work from %s: %s, trying again", self._consumer.name, error)
+            log.warning("taking work from %s: %s, trying again", self._consumer.name, error or type(error).__name__)
             await asyncio.sleep(0.5)
-            return await self._resubscribe(subscription)
+            with contextlib.suppress(NatsError, js_errors.Error, TimeoutError):
+                await self._queue.open()
+            return
         for message in messages:
             await self._slots.acquire()
             task = asyncio.create_task(self._process(message), name=f"worker:{self._consumer.name}")
             self._running.add(task)
-            task.add_done_callback(self._done)
-        return subscription
+            task.add_done_callback(partial(self._done, message.subject))
 
     async def _a_slot_or_the_end(self) -> None:
         slot = asyncio.ensure_future(self._slots.acquire())
@@ -151,17 +136,9 @@ class Worker(Generic[T]):
         if slot.done() and not slot.cancelled():
             self._slots.release()
 
-    async def _resubscribe(self, old: JetStreamContext.PullSubscription) -> JetStreamContext.PullSubscription:
-        try:
-            new = await self._subscribe()
-        except (NatsError, js_errors.Error):
-            return old
-        with contextlib.suppress(NatsError):
-            await old.unsubscribe()
-        return new
-
-    def _done(self, task: asyncio.Task[None]) -> None:
+    def _done(self, subject: str, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
+        self._queue.ended(subject)
         self._slots.release()
         if not task.cancelled() and (error := task.exception()):
             log.error("an outcome could not be reported; the message will come again", exc_info=error)

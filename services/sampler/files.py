@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from shared import topology
@@ -24,10 +25,8 @@ class PolicyFiles:
         Raise `UserError` for an unknown policy, `PermanentError` if a file is missing or not what was written.
         """
         record = await self._record(policy)
-        return {
-            "adapter_config.json": await self._blobs.get(record.config),
-            "adapter_model.safetensors": await self._blobs.get(record.weights),
-        }
+        config, weights = await asyncio.gather(self._blobs.get(record.config), self._blobs.get(record.weights))
+        return {"adapter_config.json": config, "adapter_model.safetensors": weights}
 
     async def _record(self, policy: PolicyRef) -> PolicyRecord:
         entry = await self._table.get((policy.run, str(policy.version)))

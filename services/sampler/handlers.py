@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+
 from services.sampler.abandoned import Abandoned
 from services.sampler.engines.base import SamplerEngine
 from services.sampler.metrics import SamplerMetrics
 from services.sampler.policies import Policies
+from shared import topology
 from shared.bus import Bus, Delivery
 from shared.contracts.results import RequestFailed
 from shared.contracts.sampling import SampleRequest, SampleResult
@@ -28,7 +31,7 @@ class SampleHandler:
 
     async def __call__(self, delivery: Delivery[SampleRequest]) -> None:
         """Generate and answer, unless whoever asked gives up before."""
-        request = delivery.message
+        request = _owned(delivery)
         result = await self._unless_abandoned(request)
         if result is None:
             self._metrics.abandoned.inc()
@@ -61,3 +64,9 @@ class SampleHandler:
         self._metrics.sequences.inc(len(result.sequences))
         self._metrics.tokens.labels("prompt").inc(len(request.prompt))
         self._metrics.tokens.labels("sampled").inc(sum(len(sequence.tokens) for sequence in result.sequences))
+
+
+def _owned(delivery: Delivery[SampleRequest]) -> SampleRequest:
+    """The request, of the owner in its subject, where there is one: a server can see to it that this one is true."""
+    owner = topology.sample_owner(delivery.subject)
+    return delivery.message if owner is None else msgspec.structs.replace(delivery.message, owner=owner)

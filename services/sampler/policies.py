@@ -1,8 +1,9 @@
 """The policies that an engine holds: fetched when asked for, kept while used, in turns where there are too few places.
 
 `policy.leaving` decides who makes room; `_settle` is called whenever something has changed, and does what follows from
-it: lets requests begin, unloads, gives free places to those in line. A policy is fetched before it stands in line, so
-one that is missing or corrupted takes nobody's place.
+it: lets requests begin, unloads, gives free places to those in line. A policy that somebody asks for is fetched before
+it stands in line, so one that is missing or corrupted takes nobody's place. One that was announced stands there while
+it is fetched, so that its place is free by then: it exists, and takes only a place that nobody uses.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from prometheus_client import Histogram
 
 from services.sampler.engines.base import SamplerEngine
 from services.sampler.policy import TERM, Held, leaving
+from shared import observe
 from shared.contracts.policies import PolicyRef
 from shared.errors import TemporaryError
 from shared.tasks import Tasks
@@ -38,6 +40,8 @@ class Policies:
         """Requests that have not begun."""
         self._bringing: set[PolicyRef] = set()
         """Policies that are fetched, stand in line or are loaded."""
+        self._announced: set[PolicyRef] = set()
+        """Policies that are loaded ahead."""
         self._line: dict[PolicyRef, asyncio.Future[bool]] = {}
         """Policies that wait for a place, in order; the result says if they are still wanted."""
         self._loading = 0
@@ -64,9 +68,14 @@ class Policies:
         """Load an announced policy if there is a place for it without anybody waiting or being closed."""
         coming = len(self._bringing) + 1
         wanted = len(self._held) + coming - self._engine.capacity
-        if len(leaving(self._held, wanted, time.monotonic()).now) >= wanted:
+        if len(leaving(self._held, wanted, time.monotonic()).now) < wanted:
+            return
+        self._announced.add(policy)
+        try:
             async with self.using(policy):
                 pass
+        finally:
+            self._announced.discard(policy)
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -154,11 +163,7 @@ class Policies:
     async def _bring(self, policy: PolicyRef) -> None:
         try:
             async with self._fetches:
-                began = time.monotonic()
-                files = await self._fetch(policy)
-                fetched = time.monotonic() - began
-                if await self._in_line(policy):
-                    await self._load(policy, files, fetched)
+                await self._fetch_and_load(policy)
         except asyncio.CancelledError:
             self._refuse(policy, TemporaryError("the sampler stops"))
             raise
@@ -168,23 +173,42 @@ class Policies:
             self._bringing.discard(policy)
             self._settle()
 
-    async def _in_line(self, policy: PolicyRef) -> bool:
+    async def _fetch_and_load(self, policy: PolicyRef) -> None:
+        watch = observe.Stopwatch()
+        place = self._stand_in_line(policy) if policy in self._announced else None
+        try:
+            files = await self._fetch(policy)
+        except BaseException:
+            if place is not None:
+                self._step_out_of_line(policy, place)
+            raise
+        watch.lap("fetch")
+        if await (place or self._stand_in_line(policy)):
+            watch.lap("place")
+            await self._load(policy, files, watch)
+
+    def _stand_in_line(self, policy: PolicyRef) -> asyncio.Future[bool]:
         place: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._line[policy] = place
         self._settle()
-        return await place
+        return place
 
-    async def _load(self, policy: PolicyRef, files: Mapping[str, bytes], fetched: float) -> None:
-        began = time.monotonic()
+    def _step_out_of_line(self, policy: PolicyRef, place: asyncio.Future[bool]) -> None:
+        if self._line.pop(policy, None) is None and place.result():
+            self._loading -= 1
+
+    async def _load(self, policy: PolicyRef, files: Mapping[str, bytes], watch: observe.Stopwatch) -> None:
         try:
             await self._engine.load_policy(policy, files)
         finally:
             self._loading -= 1
+        watch.lap("load")
         now = time.monotonic()
-        seconds = fetched + now - began
+        seconds = watch.seconds["fetch"] + watch.seconds["load"]
         self._seconds.observe(seconds)
         self._held[policy] = Held(used=now, until=now + TERM * seconds)
-        log.info("policy %s is ready", policy, extra={"run": policy.run, "policy": policy})
+        named = {"run": policy.run, "policy": policy, observe.SECONDS: watch.seconds}
+        log.info("policy %s is ready", policy, extra=named)
         self._admit(policy)
 
     async def _unload(self, policy: PolicyRef) -> None:

@@ -8,7 +8,7 @@ error.
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import logging
 import time
 from collections.abc import Sequence
 from typing import TypeVar
@@ -20,7 +20,8 @@ from services.trainer.fair import Piece
 from services.trainer.held import HeldRun
 from services.trainer.metrics import TrainerMetrics
 from services.trainer.places import Places
-from shared import topology
+from shared import observe, topology
+from shared.blobs import checksum
 from shared.bus import Delivery
 from shared.contracts.policies import PolicyPublished, PolicyRecord, PolicyRef
 from shared.contracts.results import RequestFailed
@@ -35,6 +36,8 @@ from shared.contracts.training import (
 )
 from shared.errors import MeshError, PermanentError, TemporaryError, UserError, failure_of
 from shared.node import Node
+
+log = logging.getLogger(__name__)
 
 
 class Operations:
@@ -147,6 +150,7 @@ class Operations:
         await self._places.create(held, operation.lora)
 
     async def _save_policy(self, operation: SavePolicy, held: HeldRun) -> PolicyRecord | None:
+        watch = observe.Stopwatch()
         key = (operation.run, str(operation.version))
         ref = PolicyRef(run=operation.run, version=operation.version)
         if (entry := await self._policies.get(key)) is not None:
@@ -154,7 +158,8 @@ class Operations:
         elif await self._policies.was_deleted(key):
             return None  # done, and not needed any more: a replay does not bring it back
         else:
-            record = await self._write_policy(ref, held)
+            watch.lap("look")
+            record = await self._write_policy(ref, held, watch)
             if await self._policies.create(key, record) is None:
                 raise TemporaryError(f"policy {ref} was recorded by another trainer meanwhile")
         await self._node.bus.publish(
@@ -163,18 +168,22 @@ class Operations:
             msg_id=f"policy/{ref}",
             run=operation.run,
         )
+        watch.lap("record")
+        log.info("policy %s is published", ref, extra={"policy": ref, observe.SECONDS: watch.seconds})
         return record
 
-    async def _write_policy(self, ref: PolicyRef, held: HeldRun) -> PolicyRecord:
+    async def _write_policy(self, ref: PolicyRef, held: HeldRun, watch: observe.Stopwatch) -> PolicyRecord:
         files = await self._engine.call(self._engine.engine.export_adapter, ref.run)
+        watch.lap("export")
         weights = files["adapter_model.safetensors"]
         # The content is in the name: a replay that ends in another last bit does not collide with an earlier write.
-        digest = hashlib.sha256(weights).hexdigest()[:12]
-        folder = f"policies/{topology.token(ref.run)}/{ref.version}-{digest}"
+        digest = await checksum(weights)
+        folder = f"policies/{topology.token(ref.run)}/{ref.version}-{digest[:12]}"
         config_ref, weights_ref = await asyncio.gather(
             self._node.blobs.put(f"{folder}/adapter_config.json", files["adapter_config.json"]),
-            self._node.blobs.put(f"{folder}/adapter_model.safetensors", weights),
+            self._node.blobs.put(f"{folder}/adapter_model.safetensors", weights, sha256=digest),
         )
+        watch.lap("write")
         return PolicyRecord(
             policy=ref,
             base_model=held.record.base_model,
@@ -186,9 +195,9 @@ class Operations:
 
     async def _save_state(self, operation: SaveState) -> OperationResult:
         state = await self._engine.call(self._engine.engine.snapshot, operation.run)
-        digest = hashlib.sha256(state).hexdigest()[:12]
-        key = f"checkpoints/{topology.token(operation.run)}/{topology.token(operation.name)}-{digest}.safetensors"
-        ref = await self._node.blobs.put(key, state)
+        digest = await checksum(state)
+        key = f"checkpoints/{topology.token(operation.run)}/{topology.token(operation.name)}-{digest[:12]}.safetensors"
+        ref = await self._node.blobs.put(key, state, sha256=digest)
         return OperationResult(request_id=operation.request_id, run=operation.run, seq=operation.seq, checkpoint=ref)
 
     def _answer(self, delivery: Delivery[AnyOperation], result: OperationResult) -> None:

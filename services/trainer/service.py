@@ -34,7 +34,7 @@ from services.trainer.policy import Head, Scheduler, Turn
 from services.trainer.runs import Runs
 from services.trainer.snapshots import Snapshots
 from shared import observe
-from shared.contracts.training import AnyOperation, OptimStep
+from shared.contracts.training import AnyOperation, ForwardBackward, OptimStep
 from shared.errors import TemporaryError
 from shared.node import Node
 
@@ -137,8 +137,14 @@ class TrainerService:
     async def _finish(self, held: HeldRun) -> None:
         if self._is_ours(held):
             held.finish_head()
-            if self._snapshots.is_due(held):
+            if self._snapshots.is_due(held) and not self._may_wait(held):
                 await self._snapshots.write(held)
+
+    def _may_wait(self, held: HeldRun) -> bool:
+        """Whether a snapshot can come after what is next in the run: above all a policy, for which samplers wait."""
+        head = held.backlog.head
+        next_is_short = head is not None and not isinstance(head.message, ForwardBackward)
+        return next_is_short and held.done_since_snapshot < 2 * self._config.snapshot_operations
 
     def _can_go_on(self, held: HeldRun) -> bool:
         return self._is_ours(held) and held.broken is None and held.not_before <= time.monotonic()

@@ -6,7 +6,6 @@ nothing, so a replay does that operation from its first datum, once.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -19,6 +18,7 @@ from services.trainer.held import HeldRun
 from services.trainer.metrics import TrainerMetrics
 from services.trainer.residency import Level
 from shared import topology
+from shared.blobs import checksum
 from shared.contracts.training import SnapshotRecord
 from shared.errors import MeshError
 from shared.node import Node
@@ -67,7 +67,8 @@ class Snapshots:
         await self._settled(name)  # what is cut off the log can never be answered again
         try:
             state = await self._engine.call(self._engine.engine.snapshot, name)
-            ref = await self._node.blobs.put(_state_key(name, seq, state), state)
+            digest = await checksum(state)
+            ref = await self._node.blobs.put(_state_key(name, seq, digest), state, sha256=digest)
             before = held.record.snapshot
             if not await self._record(held, SnapshotRecord(seq=seq, stream_seq=place, state=ref)):
                 return False
@@ -105,6 +106,6 @@ class Snapshots:
         return False
 
 
-def _state_key(run: str, seq: int, state: bytes) -> str:
+def _state_key(run: str, seq: int, digest: str) -> str:
     # The content is in the name: a replay that comes to the same seq with another last bit does not collide.
-    return f"snapshots/{topology.token(run)}/{seq}-{hashlib.sha256(state).hexdigest()[:12]}.safetensors"
+    return f"snapshots/{topology.token(run)}/{seq}-{digest[:12]}.safetensors"

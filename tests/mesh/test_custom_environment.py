@@ -33,7 +33,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_environment"
 @pytest.fixture(autouse=True)
 def _example_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE))
-    monkeypatch.setattr("shared.worker.FETCH_SECONDS", 0.1)
+    monkeypatch.setattr("shared.queues.FETCH_SECONDS", 0.1)
 
 
 def entry_points() -> dict[str, dict[str, str]]:

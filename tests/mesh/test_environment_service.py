@@ -57,7 +57,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def _workers_stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.worker.FETCH_SECONDS", 0.1)
+    monkeypatch.setattr("shared.queues.FETCH_SECONDS", 0.1)
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ from tests.mesh.test_jobs import job, submit
 
 @pytest.fixture(autouse=True)
 def _workers_stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.worker.FETCH_SECONDS", 0.1)
+    monkeypatch.setattr("shared.queues.FETCH_SECONDS", 0.1)
 
 
 def record(name: str, *, groups: int = 2, tasks: int = 0, **fields: Any) -> JobRecord:

@@ -37,7 +37,7 @@ OBEDIENT = "obedient=tests.mesh.plugin_samples:obedient"
 
 @pytest.fixture(autouse=True)
 def _workers_stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.worker.FETCH_SECONDS", 0.1)
+    monkeypatch.setattr("shared.queues.FETCH_SECONDS", 0.1)
 
 
 def config(server: NatsServer, tmp_path: Path, **settings: Any) -> RewardConfig:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
+import msgspec
 import pytest
 
 from services.sampler.engines.base import EngineLoad
@@ -190,3 +192,60 @@ async def test_a_policy_of_another_model_is_refused(place: Place, bus: Bus) -> N
         await bus.table(topology.POLICIES).create(("foreign", "1"), foreign)
         with pytest.raises(UserError, match="foreign@1 belongs to other"):
             await sample(bus, foreign.policy)
+
+
+async def test_two_tenants_that_alternate_over_one_place_do_not_thrash(place: Place, bus: Bus) -> None:
+    async with place.trainer():
+        records = []
+        for run in ("run-1", "run-2"):
+            producer = Producer(bus, run, owner=run)
+            await producer.create()
+            records.append(await publish(producer, 1))
+    asked = [
+        asyncio.create_task(bus.ask(topology.SAMPLES, asking(bus, SHORT, policy=record.policy), timeout=60, pool=MODEL))
+        for record in records * 30
+    ]
+
+    async def stored() -> bool | None:
+        return (await bus.stream_context.stream_info(topology.SAMPLE.name)).state.messages == 60 or None
+
+    await eventually(stored)
+    async with place.sampler(max_policies=1) as (_, node):
+        results = await asyncio.gather(*asked)
+        loads = node.telemetry.registry.get_sample_value("openrl_sampler_policy_load_seconds_count")
+    for number, result in enumerate(results):
+        assert isinstance(result, SampleResult)
+        assert result.policy == records[number % 2].policy
+    assert loads is not None
+    assert 2 <= loads <= 4, "one after the other would load 60 times"
+
+
+# Requests that cannot be answered
+
+
+async def test_what_cannot_be_answered_fails_alone(place: Place, bus: Bus) -> None:
+    good = asking(bus, SHORT)
+    wrong: dict[str, dict[str, Any]] = {
+        "tokens": {"prompt": Int32s([5] * 5000)},
+        "vocabulary": {"prompt": Int32s([5, 10**6])},
+        "other-model": {"base_model": "other-model"},
+        "num_samples": {"num_samples": 10**9},
+        "temperature": {"params": SamplingParams(max_tokens=4, temperature=1e-320, stop=[5, 10**12])},
+        "does not exist": {"policy": PolicyRef(run="nobody", version=10**15)},
+    }
+    requests = [msgspec.structs.replace(good, request_id=bus.new_request(), **changes) for changes in wrong.values()]
+    async with place.sampler():
+        answers = await asyncio.gather(
+            *(
+                bus.ask(topology.SAMPLES, request, timeout=30, pool=MODEL)
+                for request in [asking(bus, SHORT), *requests, asking(bus, SHORT)]
+            ),
+            return_exceptions=True,
+        )
+    first, *refused, last = answers
+    for words, error in zip(wrong, refused, strict=True):
+        assert isinstance(error, UserError), (words, error)
+        assert words in str(error) or words in ("temperature", "num_samples"), str(error)
+    assert isinstance(first, SampleResult)
+    assert isinstance(last, SampleResult)
+    assert first.sequences[0].tokens == last.sequences[0].tokens

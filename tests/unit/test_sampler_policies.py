@@ -101,12 +101,16 @@ class Place:
         self.engine = Engine(capacity)
         self.broken: dict[PolicyRef, Exception] = {}
         self.fetched: list[PolicyRef] = []
+        self.until: asyncio.Event | None = None
+        """Files come when this is set."""
         histogram = Histogram("seconds", "of loading", registry=None)
         self.policies = Policies(cast("Any", self.engine), self.fetch, tasks, histogram)
 
     async def fetch(self, policy: PolicyRef) -> Mapping[str, bytes]:
         self.fetched.append(policy)
         await asyncio.sleep(0)
+        if self.until is not None:
+            await self.until.wait()
         if policy in self.broken:
             raise self.broken[policy]
         return {"weights": str(policy).encode()}
@@ -247,6 +251,35 @@ async def test_a_broken_policy_is_an_error_takes_no_place_and_can_be_mended(task
     assert place.engine.loads == [A]
     place.broken.clear()
     assert await place.ask(B) == B
+
+
+async def test_an_announced_policy_has_its_place_free_when_its_files_come(tasks: Tasks) -> None:
+    place = Place(1, tasks)
+    await place.ask(A)
+    files = asyncio.Event()
+    place.until = files
+    coming = asyncio.create_task(place.policies.prefetch(B))
+    await settled()
+    assert place.engine.policies == frozenset(), "nobody used A"
+    files.set()
+    await coming
+    assert place.engine.policies == {B}
+
+
+async def test_an_announced_policy_that_is_broken_or_given_up_gives_its_place_back(tasks: Tasks) -> None:
+    place = Place(1, tasks)
+    await place.ask(A)
+    place.broken[B] = PermanentError("checksum differs")
+    with pytest.raises(PermanentError, match="checksum differs"):
+        await place.policies.prefetch(B)
+    for moment in range(20):
+        coming = asyncio.create_task(place.policies.prefetch(C))
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)
+        async with asyncio.timeout(10):
+            assert set(await asyncio.gather(place.ask(A), place.ask(D))) == {A, D}
 
 
 async def test_requests_that_are_cancelled_while_they_wait_leave_no_trace(tasks: Tasks) -> None:

@@ -31,6 +31,10 @@ from shared.errors import PermanentError, TemporaryError
 log = logging.getLogger(__name__)
 
 
+_PASSES_TOGETHER = 4
+"""Passes over prompts, each as large as may come between two decoding steps, after which none is put off any more."""
+
+
 class Generation:
     """Jobs that wait and jobs that run."""
 
@@ -41,6 +45,8 @@ class Generation:
         self._rows: list[Row] = []  # in the order of the cache
         self._batch: Batch | None = None  # None: rows have come or gone since the last step
         self._outbox: list[tuple[Job, SampleResult | Exception]] = []
+        self._begun_together = 0
+        """Passes over prompts since nothing ran, without a decoding step; 0 once there was one."""
         self._prompt_tokens = 0
         self._sampled_tokens = 0
 
@@ -79,6 +85,9 @@ class Generation:
 
     def begin(self) -> None:
         """Begin the requests that there is room for, up to the first token of each of their samples."""
+        together = self._begun_together if self._rows else 0
+        first_of_all = bool(together or not self._rows)
+        self._begun_together = 0
         if not self._waiting:
             return
         length = max((row.job.length for row in self._rows), default=0)
@@ -86,14 +95,16 @@ class Generation:
         first = list(islice(self._waiting.in_turn(), self._room.rows))
         jobs = first[: admit([job.waiting() for job in first], running, self._room)]
         self._waiting.take(jobs)
+        if jobs and self._waiting and first_of_all and together < _PASSES_TOGETHER - 1:
+            self._begun_together = together + 1
         for job in jobs:
             job.started = perf_counter()
         for group in prefill_groups([len(job.request.prompt) for job in jobs], self._room.prompt_tokens):
             self._start(sorted((jobs[index] for index in group), key=lambda job: job.order))
 
     def decode(self) -> None:
-        """Give every row its next token."""
-        if not self._rows:
+        """Give every row its next token. Put off while requests that came together begin, to go on with all of them."""
+        if not self._rows or self._begun_together:
             return
         try:
             batch = self._batch = self._batch or Batch.of(self._rows, self._forward.vocabulary, self._forward.device)

@@ -1,8 +1,8 @@
 """The sampler engine on PyTorch and transformers: any supported model, CPU or GPU, nothing to compile.
 
 `generate` makes a job, posts it to the worker and waits for its future. The worker is one thread: it begins jobs,
-decodes, and delivers results to the caller's event loop. Policies are read from their files in a helper thread and put
-into the bank between two steps.
+decodes, and delivers results to the caller's event loop. Policies are read from their files in a helper thread while it
+goes on, and leave between two steps.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from services.sampler.engines.base import EngineLoad
 from services.sampler.engines.building import Built, Settings, build
+from services.sampler.engines.forward import Forward
 from services.sampler.engines.jobs import Job
 from services.sampler.engines.limits import Limits
 from services.sampler.engines.stops import Decode, stop_rule
@@ -139,9 +140,8 @@ class TorchSamplerEngine:
                 return
             if len(self._policies) >= self._max_policies:
                 raise TemporaryError(f"{self._max_policies} policies are loaded, which is all that fit: unload one")
-            forward = self._alive().built.forward
-            adapter = await asyncio.to_thread(from_peft, files, forward.model)
-            await self._in_worker(partial(forward.bank.add, policy, adapter))
+            await asyncio.to_thread(_add, self._alive().built.forward, policy, files)
+            self._alive()
             self._policies |= {policy}
 
     async def unload_policy(self, policy: PolicyRef) -> None:
@@ -224,6 +224,11 @@ class TorchSamplerEngine:
         for future in self._pending:
             if not future.done():
                 future.set_exception(TemporaryError(f"the sampler's worker has died, restart it: {error!r}"))
+
+
+def _add(forward: Forward, policy: PolicyRef, files: Mapping[str, bytes]) -> None:
+    """Read a policy and put it into the bank: one more entry, which no step that is under way looks for."""
+    forward.bank.add(policy, from_peft(files, forward.model))
 
 
 def _run(action: Callable[[], T], deliver: Callable[[T | Exception], None]) -> None:
