@@ -103,7 +103,7 @@ async def crowded_mesh(place: Place) -> AsyncIterator[None]:
 async def test_every_query_of_every_panel_returns_data(place: Place, bus: Bus, tmp_path: Path) -> None:
     need_prometheus()
     async with watched(bus, tmp_path) as api, crowded_mesh(place):
-        endless = {"steps": 10_000, "group_size": 4, "groups_per_step": 2, "learning_rate": 0.001}
+        endless = {"steps": 4_000, "group_size": 4, "groups_per_step": 2, "learning_rate": 0.001}
         for name in ("one", "two"):
             answer = await submit(bus, job(name=name, algorithm=endless))
             assert answer.job is not None, answer.errors
