@@ -42,6 +42,8 @@ class Panel:
     height: int = 8
     top: float | None = None
     """Upper end of the axis; None: as high as the data."""
+    bottom: float | None = 0.0
+    """Lower end of the axis; None: as low as the data, which may be negative."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,16 @@ def quantiles(histogram: str, by: str, where: str = "", legend: str = "") -> tup
 
 
 def lines(
-    title: str, description: str, *queries: Query, unit: str = "short", width: int = 8, top: float | None = None
+    title: str,
+    description: str,
+    *queries: Query,
+    unit: str = "short",
+    width: int = 8,
+    top: float | None = None,
+    bottom: float | None = 0.0,
 ) -> Panel:
     """Lines over time."""
-    return Panel(title, description, unit, queries, width=width, top=top)
+    return Panel(title, description, unit, queries, width=width, top=top, bottom=bottom)
 
 
 def stacked(title: str, description: str, *queries: Query, unit: str = "short", width: int = 8) -> Panel:

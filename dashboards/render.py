@@ -76,13 +76,14 @@ def _panel(panel: Panel, number: int, place: GridPos) -> Any:
     )
     if panel.top is not None:
         builder = builder.max(panel.top)
+    if panel.bottom is not None:
+        builder = builder.min(panel.bottom)
     return builder
 
 
 def _lines() -> Any:
     return (
         timeseries.Panel()
-        .min(0)
         .line_width(1)
         .fill_opacity(8)
         .show_points(shapes.VisibilityMode.AUTO)

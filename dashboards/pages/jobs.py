@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dashboards.model import RATE, Choice, Page, Query, Row, lines, number, quantiles, share, stacked
+from dashboards.model import RATE, Choice, Page, Query, Row, lines, number, quantiles, stacked
 
 JOB = 'job_id=~"$job_id"'
 
@@ -45,11 +45,12 @@ PAGE = Page(
         Row(
             "Learning",
             (
-                lines("Reward", "Mean reward of each step's groups.", of_job("openrl_job_reward")),
-                share(
+                lines("Reward", "Mean reward of each step's groups.", of_job("openrl_job_reward"), bottom=None),
+                lines(
                     "Held-out accuracy",
-                    "Of tasks that are never trained on.",
+                    "Mean reward of tasks that are never trained on.",
                     of_job("openrl_job_held_out_accuracy"),
+                    bottom=None,
                 ),
                 lines("Steps done", "Optimizer steps.", of_job("openrl_job_step")),
                 lines(
