@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # Unpacked beside our Python rather than installed: no root, no service that starts by itself. Needs Debian or Ubuntu.
 prometheus: $(STAMP) ## Put Prometheus into .venv, for `openrl up --prometheus` and its tests
-	@command -v prometheus promtool >/dev/null || [ -x $(BIN)/prometheus ] || ( set -e; cd $(VENV); rm -rf prometheus; \
+	@command -v prometheus >/dev/null || [ -x $(BIN)/prometheus ] || ( set -e; cd $(VENV); rm -rf prometheus; \
 		mkdir prometheus; cd prometheus; \
 		apt-get download -q prometheus || { apt-get update -q && apt-get download -q prometheus; }; \
 		dpkg-deb -x prometheus_*.deb .; cp usr/bin/prometheus usr/bin/promtool ../bin/ ) || \

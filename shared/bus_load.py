@@ -64,7 +64,7 @@ class BusLoad:
     storage: int
     """Bytes on disk, of all streams."""
     storage_limit: int
-    """Bytes; 0: none is set."""
+    """Bytes that the account may store; without such a limit, what all streams together may hold."""
 
 
 async def measure(bus: Bus, open_runs: Mapping[str, str]) -> BusLoad:
@@ -77,7 +77,9 @@ async def measure(bus: Bus, open_runs: Mapping[str, str]) -> BusLoad:
             *await _work_queue(bus, topology.PLAYED, split=False),
             *await _unclaimed(bus, open_runs),
         ]
-        return BusLoad(await _streams(bus), queues, account.storage, max(0, account.limits.max_storage))
+        streams = await _streams(bus)
+        limit = account.limits.max_storage
+        return BusLoad(streams, queues, account.storage, limit if limit > 0 else sum(each.limit for each in streams))
     except (NatsError, js_errors.Error, TimeoutError, OSError) as error:
         raise TemporaryError(f"the bus does not tell its load: {error or type(error).__name__}") from None
 

@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.metrics_core import Metric
 
+MOST_TENANTS = 100
+"""Tenants that have a series of their own in a process; what each used exactly is on the usage stream."""
 OTHERS = "(others)"
 """Stands for all values of a label beyond those that have a series of their own."""
 

@@ -40,7 +40,7 @@ class CoordinatorMetrics:
         self.reward = Gauge("openrl_job_reward", "Mean reward of the newest step", ["job_id"], registry=registry)
         self.accuracy = Gauge("openrl_job_held_out_accuracy", "Newest evaluation", ["job_id"], registry=registry)
         self.staleness = Gauge(
-            "openrl_job_staleness", "Mean staleness of the newest step", ["job_id"], registry=registry
+            "openrl_job_staleness_steps", "Mean staleness of the newest step", ["job_id"], registry=registry
         )
         self.mismatch = Gauge(
             "openrl_job_logprob_mismatch", "Mean |log p of the trainer - of the sampler|, same tokens, same weights",
@@ -145,7 +145,9 @@ class BusMetrics:
 def _storage(load: BusLoad) -> Iterator[Metric]:
     yield GaugeMetricFamily("openrl_bus_storage_bytes", "Disk in use by all streams", value=load.storage)
     yield GaugeMetricFamily(
-        "openrl_bus_storage_limit_bytes", "Disk that they may use; 0: no limit is set", value=load.storage_limit
+        "openrl_bus_storage_limit_bytes",
+        "Disk that they may use, or their own limits together",
+        value=load.storage_limit,
     )
 
 

@@ -110,7 +110,7 @@ class Prometheus:
     def _settings(self) -> dict[str, Any]:
         """Its configuration, written as JSON: all JSON is YAML, and nothing needs quoting by hand."""
         seconds = f"{SCRAPE_SECONDS}s"
-        itself = {"targets": [f"127.0.0.1:{self.port}"], "labels": {"service": NAME}}
+        itself = {"targets": [f"127.0.0.1:{self.port}"], "labels": {"service": NAME, "instance": NAME}}
         return {
             "global": {"scrape_interval": seconds, "scrape_timeout": seconds, "evaluation_interval": seconds},
             "rule_files": [str(rules) for rules in rule_files()],

@@ -61,9 +61,8 @@ class SampleHandler:
 
     def _count(self, request: SampleRequest, result: SampleResult) -> None:
         self._metrics.queue_seconds.observe(result.queue_seconds)
-        self._metrics.sequences.inc(len(result.sequences))
-        self._metrics.tokens.labels("prompt").inc(len(request.prompt))
-        self._metrics.tokens.labels("sampled").inc(sum(len(sequence.tokens) for sequence in result.sequences))
+        sampled = [len(sequence.tokens) for sequence in result.sequences]
+        self._metrics.answered(request.owner, prompt=len(request.prompt), sampled=sampled)
 
 
 def _owned(delivery: Delivery[SampleRequest]) -> SampleRequest:

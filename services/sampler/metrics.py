@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from services.sampler.engines.base import SamplerEngine
-from shared.metrics import Busy
+from shared.metrics import MOST_TENANTS, Busy, Few
 from shared.worker import SECONDS_BUCKETS
 
 
@@ -20,6 +20,10 @@ class SamplerMetrics:
     def __init__(self, registry: CollectorRegistry, engine: SamplerEngine, slots: int = 0) -> None:
         """`engine` is asked for its load when somebody reads the metrics. `slots`: sequences it generates at once."""
         self.tokens = Counter("openrl_sampler_tokens_total", "Tokens computed", ["what"], registry=registry)
+        self.tenant_tokens = Counter(
+            "openrl_sampler_tenant_tokens_total", "The same by who asked", ["tenant", "what"], registry=registry
+        )
+        self._tenants = Few(MOST_TENANTS)
         self.queue_seconds = Histogram(
             "openrl_sampler_queue_seconds", "Arrival to first computation", buckets=SECONDS_BUCKETS, registry=registry
         )
@@ -53,6 +57,13 @@ class SamplerMetrics:
         Gauge("openrl_sampler_sequence_slots", "Sequences generated at the same time at most", registry=registry).set(
             slots
         )
+
+    def answered(self, tenant: str, *, prompt: int, sampled: Sequence[int]) -> None:
+        """Count an answer: tokens of its prompt and of each of its sequences."""
+        self.sequences.inc(len(sampled))
+        for what, tokens in (("prompt", prompt), ("sampled", sum(sampled))):
+            self.tokens.labels(what).inc(tokens)
+            self.tenant_tokens.labels(self._tenants(tenant), what).inc(tokens)
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:

@@ -9,11 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from services.trainer.held import HeldRun
 from services.trainer.residency import Level
-from shared.metrics import Busy, Few
+from shared.metrics import MOST_TENANTS, Busy, Few
 from shared.worker import SECONDS_BUCKETS
-
-MOST_TENANTS = 100
-"""Tenants that have a series of their own; the others share one. What each used exactly is on the usage stream."""
 
 
 class TrainerMetrics:

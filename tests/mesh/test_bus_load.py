@@ -104,3 +104,4 @@ async def test_streams_have_a_size_and_count_what_was_ever_put_in(bus: Bus) -> N
     assert (sample.messages, sample.published, sample.limit) == (2, 2, topology.SAMPLE.max_bytes)
     assert sample.bytes > 0
     assert load.storage > 0
+    assert load.storage_limit == topology.MOST_BYTES
