@@ -221,4 +221,5 @@ def _kind(operation: AnyOperation) -> str:
 
 
 def _result(operation: AnyOperation, **filled: object) -> OperationResult:
-    return OperationResult(request_id=operation.request_id, run=operation.run, seq=operation.seq, **filled)  # type: ignore[arg-type]
+    names = {"request_id": operation.request_id, "run": operation.run, "seq": operation.seq, "note": operation.note}
+    return OperationResult(**names, **filled)  # type: ignore[arg-type]
