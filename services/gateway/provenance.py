@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
-from tinker.proto import tinker_public_pb2 as proto
 
 from services.gateway import ids
 from services.gateway.context import Gateway
 from services.gateway.errors import NotFound
+from services.gateway.protocol import messages as proto
 from services.gateway.training_data import Span, spans_of
 from shared.contracts.arrays import Float32s
 from shared.contracts.sampling import SampledSequence, SampleResult

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from tinker.proto import tinker_public_pb2 as proto
 
 from services.gateway.context import Answer
+from services.gateway.protocol import messages as proto
 from shared import checkpoints
 from shared.contracts.arrays import Float32s
 from shared.contracts.results import RequestFailed, Result

@@ -14,8 +14,8 @@ from typing import Any, cast, get_args
 import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from tinker.proto import tinker_public_pb2 as proto
 
+from services.gateway.protocol import messages as proto
 from shared.contracts import arrays
 from shared.contracts.arrays import Float32s, Int32s
 from shared.contracts.training import Datum, LossName, LossSpec
