@@ -8,7 +8,7 @@ from typing import Any
 
 import zstandard
 
-from services.gateway.errors import TooLarge
+from services.gateway.errors import Late, TooLarge
 from shared.errors import UserError
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -19,7 +19,7 @@ class Disconnected(Exception):
 
 
 async def read(receive: Receive, headers: Mapping[bytes, bytes], most: int, seconds: float) -> bytes:
-    """The whole body, decompressed. Raise `UserError` for one that is late or damaged, `TooLarge`, `Disconnected`."""
+    """The whole body, decompressed. Raise `UserError` for a damaged one, `Late`, `TooLarge`, `Disconnected`."""
     length = headers.get(b"content-length", b"")
     if length.isdigit() and int(length) > most:
         raise _too_large(int(length), most)
@@ -38,6 +38,8 @@ def decompressed(body: bytes, encoding: str, most: int) -> bytes:
         return body
     if encoding != "zstd":
         raise UserError(f"content encoding {encoding!r} is not understood: send zstd, or the body as it is")
+    if (announced := _announced(body)) > most:
+        raise _too_large(announced, most)
     decompressor = zstandard.ZstdDecompressor(max_window_size=max(most, 1 << 10)).decompressobj()
     try:
         # Bounded by what comes out, since a few bytes can stand for terabytes.
@@ -57,25 +59,40 @@ _STEP = 4096
 """zstd expands at most some 20,000-fold, so a step gives 80 MB at most before it is looked at."""
 
 
+def _announced(body: bytes) -> int:
+    """How many bytes a frame says it holds; 0: it does not say, or is none."""
+    try:
+        return max(0, zstandard.frame_content_size(body))
+    except zstandard.ZstdError:
+        return 0
+
+
 async def _next(receive: Receive, seconds: float) -> MutableMapping[str, Any]:
     try:
         async with asyncio.timeout(seconds):
             message = await receive()
     except TimeoutError:
-        raise UserError(f"the body of the request did not come within {seconds:g} s") from None
+        raise _late(seconds) from None
     if message["type"] == "http.disconnect":
         raise Disconnected
     return message
 
 
 async def _rest(receive: Receive, body: bytearray, most: int, seconds: float) -> bytearray:
-    deadline = asyncio.get_running_loop().time() + seconds
-    while len(body) <= most:
-        message = await _next(receive, deadline - asyncio.get_running_loop().time())
-        body += message["body"]
-        if not message.get("more_body"):
-            break
+    try:
+        async with asyncio.timeout(seconds):
+            while len(body) <= most:
+                message = await _next(receive, seconds)
+                body += message["body"]
+                if not message.get("more_body"):
+                    break
+    except TimeoutError:
+        raise _late(seconds) from None
     return body
+
+
+def _late(seconds: float) -> Late:
+    return Late(f"the body of the request did not come within {seconds:g} s: send it again")
 
 
 def _too_large(size: int, most: int) -> TooLarge:

@@ -5,6 +5,7 @@
     ├── Unauthorized (401)    no key, or one that is not good (any more)
     ├── Forbidden (403)       the key is good, but not for this
     ├── Gone (410)            it is over: clients stop asking, or ask for the sample again
+    ├── Late (408)            clients send it again
     ├── TooLarge (413)
     └── TooMany (429)         clients try again after a while
     TemporaryError (503)      clients try again
@@ -37,6 +38,10 @@ class Gone(UserError):
     """It was there and is over."""
 
 
+class Late(UserError):
+    """The request did not come in time."""
+
+
 class TooLarge(UserError):
     """More bytes than are taken."""
 
@@ -55,6 +60,7 @@ _STATUS: Mapping[type[Exception], int] = {
     Unauthorized: 401,
     Forbidden: 403,
     Gone: 410,
+    Late: 408,
     TooLarge: 413,
     TooMany: 429,
     UserError: 400,
