@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from shared.bus import Delivery
 from shared.contracts.results import Result
-from shared.contracts.training import AnyOperation
+from shared.contracts.training import AnyOperation, Operation, OperationResult
 from shared.errors import TemporaryError
 from shared.node import Node
 
@@ -60,3 +61,14 @@ class Answers:
                 await asyncio.sleep(error.delay)
         if told is not None:
             told()
+
+
+def result_of(operation: Operation, **filled: Any) -> OperationResult:
+    """The result of an operation, with the fields that its kind fills."""
+    names: dict[str, Any] = {
+        "request_id": operation.request_id,
+        "run": operation.run,
+        "seq": operation.seq,
+        "note": operation.note,
+    }
+    return OperationResult(**names, **filled)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import TypeVar
 
-from services.trainer.answers import Answers
+from services.trainer.answers import Answers, result_of
 from services.trainer.engine_thread import EngineThread
 from services.trainer.engines.base import NoRoom, PassItem, PassOutcome, StepOutcome
 from services.trainer.fair import Piece
@@ -125,7 +125,7 @@ class Operations:
             self.refuse(held.head, outcome.error, again=held.may_be_answered)
             return
         logprobs = list(outcome.logprobs) if isinstance(outcome, PassOutcome) else []
-        self._answer(held, _result(held.head.message, metrics=dict(outcome.metrics), logprobs=logprobs))
+        self._answer(held, result_of(held.head.message, metrics=dict(outcome.metrics), logprobs=logprobs))
 
     async def single(self, held: HeldRun) -> None:
         """Any other operation that does not go aside. Raise `TemporaryError` if it is to be tried again."""
@@ -136,7 +136,7 @@ class Operations:
             elif isinstance(operation, CreateRun):
                 self._check_base(operation)
                 await self._places.create(held, operation.lora)
-                self._answer(held, _result(operation))
+                self._answer(held, result_of(operation))
             else:
                 raise PermanentError(f"{type(operation).__name__} is not done by itself")
         except TemporaryError:
@@ -172,7 +172,7 @@ class Operations:
             self._check_base(operation)
         assert operation.source is not None
         await self._loads.load(held, operation.source, optimizer=operation.optimizer)
-        return _result(operation)
+        return result_of(operation)
 
     async def repeated(self, delivery: Delivery[AnyOperation]) -> None:
         """Answer an operation that was done before: what it gave, as far as that was written down."""
@@ -182,7 +182,7 @@ class Operations:
         if isinstance(operation, Refused):
             self._send_refused(delivery)
             return
-        result = await self._saves.told_before(operation) or _result(operation)
+        result = await self._saves.told_before(operation) or result_of(operation)
         self._answers.send(delivery, result)
 
     def refuse(self, delivery: Delivery[AnyOperation], error: MeshError, *, again: bool = False) -> None:
@@ -239,7 +239,3 @@ def _item(operation: ForwardBackward, piece: Piece) -> PassItem:
 
 def _kind(operation: AnyOperation) -> str:
     return type(operation).__name__
-
-
-def _result(operation: AnyOperation, **filled: object) -> OperationResult:
-    return OperationResult(request_id=operation.request_id, run=operation.run, seq=operation.seq, **filled)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 
 from services.trainer import encryption
+from services.trainer.answers import result_of
 from services.trainer.engine_thread import EngineThread
 from services.trainer.held import HeldRun
 from shared import topology
@@ -43,20 +44,20 @@ class Saves:
             await self._done_before(operation, "sampler", spec)
         record = await self._publish_policy(operation, held)
         if record is None:  # done before, and deleted since
-            return _result(operation)
+            return result_of(operation)
         recorded = None
         if spec is not None:
             files = files_of(record)
             recorded = await self._record(operation, held, "sampler", spec, files=files, policy=record.policy)
         if operation.inflight:
             await self._sample_in_flight(record.policy, held)
-        return _result(operation, policy=record, recorded=recorded)
+        return result_of(operation, policy=record, recorded=recorded)
 
     async def state(self, operation: SaveState, held: HeldRun) -> OperationResult:
         """Write weights and optimizer."""
         spec = operation.checkpoint
         if spec is not None and (done := await self._done_before(operation, "training", spec)) is not None:
-            return _result(operation, checkpoint=done.state, recorded=done)
+            return result_of(operation, checkpoint=done.state, recorded=done)
         state = await self._engine.call(self._engine.engine.snapshot, operation.run)
         # A recorded one is named by its seq, so that nothing else ever refers to its blob.
         name = topology.token(operation.name) if spec is None else str(operation.seq)
@@ -64,13 +65,13 @@ class Saves:
         recorded = None
         if spec is not None:
             recorded = await self._record(operation, held, "training", spec, state=ref)
-        return _result(operation, checkpoint=ref, recorded=recorded)
+        return result_of(operation, checkpoint=ref, recorded=recorded)
 
     async def external(self, operation: SaveExternal, held: HeldRun) -> OperationResult:
         """Write the adapter's files, encrypted if there are recipients."""
         recipients = encryption.recipients_of(operation.recipients)
         if (done := await self._done_before(operation, "external", operation.checkpoint)) is not None:
-            return _result(operation, recorded=done)
+            return result_of(operation, recorded=done)
         files = await self._engine.call(self._engine.engine.export_adapter, operation.run)
         if recipients:
             files = {
@@ -83,7 +84,7 @@ class Saves:
         recorded = await self._record(
             operation, held, "external", operation.checkpoint, files=refs, encrypted=bool(recipients)
         )
-        return _result(operation, recorded=recorded)
+        return result_of(operation, recorded=recorded)
 
     async def told_before(self, operation: Operation) -> OperationResult | None:
         """What an operation gave that was done before, as far as that was written down; None: it is no save."""
@@ -98,7 +99,7 @@ class Saves:
             recorded = await self._recorded(operation, "external", operation.checkpoint)
         else:
             return None
-        return _result(operation, policy=policy, checkpoint=recorded.state if recorded else None, recorded=recorded)
+        return result_of(operation, policy=policy, checkpoint=recorded.state if recorded else None, recorded=recorded)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -216,7 +217,3 @@ def _digest(*contents: bytes) -> str:
     for content in contents:
         digest.update(content)
     return digest.hexdigest()[:12]
-
-
-def _result(operation: Operation, **filled: object) -> OperationResult:
-    return OperationResult(request_id=operation.request_id, run=operation.run, seq=operation.seq, **filled)  # type: ignore[arg-type]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from shared import topology
 from shared.contracts.arrays import Float32s, Int32s
 from shared.contracts.base import Failure
@@ -320,6 +322,12 @@ MESSAGES: dict[str, tuple[topology.Channel[Any], Any]] = {
     ),
 }  # fmt: skip
 """By file name: the channel it travels on, and the message."""
+for _name in (
+    "create_run", "forward_backward", "optim_step", "save_policy", "save_state", "save_external", "load_state",
+    "refused", "operation_result", "sample", "sample_result",
+):  # fmt: skip
+    _channel, _message = MESSAGES[_name]
+    MESSAGES[f"{_name}_noted"] = (_channel, msgspec.structs.replace(_message, note="s-1:sample:2"))
 
 RECORDS: dict[str, tuple[topology.Bucket[Any], Any]] = {
     "run": (
