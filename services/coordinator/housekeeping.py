@@ -71,7 +71,8 @@ def removals(seen: Seen, since: Since, rules: Rules, now: float) -> tuple[Remova
     """What to remove now, and what to pass as `since` at the next look."""
     silent = [name for name, session in seen.sessions.items() if _is_silent(session, seen.alive, now)]
     over = {name for name, session in seen.sessions.items() if _is_over(session, rules, now)}
-    unnamed = [policy for policy in seen.policies if _is_unnamed(policy, seen, over)]
+    named = _named(seen, over)
+    unnamed = [policy for policy in seen.policies if _session(policy.run, seen) and policy not in named]
     next_since = {str(each): since.get(str(each), now) for each in (*silent, *unnamed)}
     return (
         Removals(
@@ -110,12 +111,12 @@ def _session(run: str, seen: Seen) -> str:
     return seen.runs[run].session if run in seen.runs else ""
 
 
-def _is_unnamed(policy: PolicyRef, seen: Seen, over: set[str]) -> bool:
-    if not _session(policy.run, seen):
-        return False
-    in_flight = _session(policy.run, seen) not in over and seen.inflight.get(policy.run) == policy
-    sampled = any(each.policy == policy and each.session not in over for each in seen.samplers)
-    return not (in_flight or sampled or any(entry.value.policy == policy for entry in seen.checkpoints))
+def _named(seen: Seen, over: set[str]) -> set[PolicyRef | None]:
+    return {
+        *(entry.value.policy for entry in seen.checkpoints),
+        *(sampler.policy for sampler in seen.samplers if sampler.session not in over),
+        *(policy for run, policy in seen.inflight.items() if _session(run, seen) not in over),
+    }
 
 
 def _may_go(policy: PolicyRef, since: Since, seen: Seen, over: set[str], rules: Rules, now: float) -> bool:
