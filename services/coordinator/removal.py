@@ -19,6 +19,7 @@ async def close_run(bus: Bus, blobs: BlobStore, run: str) -> None:
     while (entry := await runs.get(run)) is not None and (snapshot := entry.value.snapshot) is not None:
         await blobs.delete(snapshot.state.key)
         await runs.update(run, msgspec.structs.replace(entry.value, snapshot=None), entry.revision)
+    await blobs.sweep(f"snapshots/{topology.token(run)}/", 0.0)  # those of trainers that died before they recorded them
 
 
 async def delete_policy(bus: Bus, blobs: BlobStore, run: str, version: int) -> None:
