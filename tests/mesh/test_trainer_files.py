@@ -174,14 +174,17 @@ async def disturbed(place: Place, bus: Bus, act: Act, writes: int) -> tuple[list
             freezer.thaw()
             await check(bus, act, name, await acting)
             return await went_on(producer), False
-        await take_over(bus, name)
-        async with place.trainer(replica=f"two-{name}", max_runs=1):
-            result = await acting
-            await check(bus, act, name, result)
-            freezer.thaw()
-            await eventually(lambda: let_go(service, name))
-            await check(bus, act, name, result)
-            return await went_on(producer), True
+        try:
+            await take_over(bus, name)
+            async with place.trainer(replica=f"two-{name}", max_runs=1):
+                result = await acting
+                await check(bus, act, name, result)
+                freezer.thaw()
+                await eventually(lambda: let_go(service, name))
+                await check(bus, act, name, result)
+                return await went_on(producer), True
+        finally:
+            freezer.thaw()  # else it could not even be stopped
 
 
 @pytest.mark.timeout(400)
