@@ -18,6 +18,9 @@ class CoordinatorMetrics:
             "openrl_jobs_submitted_total", "Submissions by outcome", ["outcome"], registry=registry
         )
         self.finished = Counter("openrl_jobs_finished_total", "Jobs by how they ended", ["phase"], registry=registry)
+        self.removed = Counter(
+            "openrl_removed_total", "What the janitor has put away, by kind", ["what"], registry=registry
+        )
         self.running = Gauge("openrl_jobs_running", "Jobs driven here", registry=registry)
         self.step = Gauge("openrl_job_step", "Steps done", ["job"], registry=registry)
         self.reward = Gauge("openrl_job_reward", "Mean reward of the newest step", ["job"], registry=registry)

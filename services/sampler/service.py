@@ -26,6 +26,7 @@ from shared import topology
 from shared.errors import MeshError, PermanentError
 from shared.model_offers import model_offers
 from shared.node import Node
+from shared.usage import Usage
 from shared.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -47,10 +48,11 @@ class SamplerService:
         files = PolicyFiles(node.bus, config.base_model)
         self._policies = Policies(self._engine, files.fetch, node.tasks, self._metrics.policy_seconds)
         self._abandoned = Abandoned()
+        self._usage = Usage(node.bus, config.base_model)
         self._worker = Worker(
             node.bus,
             topology.sampler_consumer(config.base_model),
-            SampleHandler(node.bus, self._engine, self._policies, self._abandoned, self._metrics),
+            SampleHandler(node.bus, self._engine, self._policies, self._abandoned, self._metrics, self._usage),
             concurrency=config.max_requests,
             metrics=node.worker_metrics,
         )
@@ -70,11 +72,13 @@ class SamplerService:
         self._node.tasks.start("announcements", self._follow_announcements(place))
         self._node.tasks.start("requests", self._worker.run())
         self._node.tasks.start("engine", self._watch_engine())
+        self._usage.start(self._node.tasks)
 
     async def stop(self) -> None:
         """Finish what runs, hand back the rest."""
         await self._worker.stop(self._node.drain_seconds)
         await self._engine.stop()
+        await self._usage.stop()
 
     async def _watch_engine(self) -> None:
         """Fail when the engine has: a replica that can only refuse must not take from the shared queue."""

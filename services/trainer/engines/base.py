@@ -106,8 +106,7 @@ class TrainerEngine(Protocol):
         """What `snapshot` would give of a run that begins with the weights of `state`, without a gathered gradient.
 
         With `optimizer` it goes on with that of `state`. Touches no run and no device, so any thread may call it beside
-        all else. Raise `UserError` if the adapter in `state` has another shape than `lora`, `PermanentError` if the
-        state is not one of this model's.
+        all else. Raise `PermanentError` if the state is not one of this model's and of an adapter shaped like `lora`.
         """
 
     def park(self, run: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from services.trainer.engines.adamw import Moments
 from services.trainer.engines.run_state import RunState
 from shared.contracts.policies import LoraSpec
-from shared.errors import PermanentError, UserError
+from shared.errors import PermanentError
 from shared.models.lora import Adapter, linear_layers, target_names
 
 FORMAT = "openrl-mesh trainer state 2"
@@ -65,14 +65,12 @@ def read_state(data: bytes, base_model: str, model: nn.Module) -> RunState:
 def begun_from(data: bytes, base_model: str, model: nn.Module, lora: LoraSpec, *, optimizer: bool) -> bytes:
     """Return the state of a run that begins with the weights that `write_state` wrote, and no gathered gradient.
 
-    With `optimizer`, also with its moments and steps. Computes on the CPU and changes nothing. Raise `UserError` if
-    the state's adapter has another shape than `lora`, `PermanentError` as `read_state` does.
+    With `optimizer`, also with its moments and steps. Computes on the CPU and changes nothing. Raise
+    `PermanentError` as `read_state` does, and if the state's adapter has another shape than `lora`.
     """
     about, tensors = _open(data, base_model)
     if msgspec.structs.replace(about.lora, seed=lora.seed) != lora:
-        raise UserError(
-            f"the checkpoint's adapter is {_words(about.lora)}, the run's is {_words(lora)}: use one like it"
-        )
+        raise PermanentError(f"the state's adapter is {about.lora}, the run's {lora}: their shapes differ")
     if about.layers != _expected_shapes(model, about.lora):
         raise PermanentError(f"the state's layers have other names or shapes than those of {base_model!r} here")
     _check(tensors, sum(math.prod(shape) for pair in about.layers.values() for shape in pair))
@@ -89,11 +87,6 @@ def _shapes(adapter: Adapter) -> dict[str, list[list[int]]]:
 def _expected_shapes(model: nn.Module, lora: LoraSpec) -> dict[str, list[list[int]]]:
     layers = linear_layers(model, target_names(lora))
     return {path: [[lora.rank, it.in_features], [it.out_features, lora.rank]] for path, it in layers.items()}
-
-
-def _words(lora: LoraSpec) -> str:
-    parts = [name for name in ("attn", "mlp", "unembed") if getattr(lora, f"train_{name}")]
-    return f"of rank {lora.rank} and alpha {lora.alpha:g} on {', '.join(parts)}"
 
 
 def _write(tensors: dict[str, Tensor], about: _About) -> bytes:

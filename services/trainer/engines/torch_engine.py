@@ -216,7 +216,7 @@ class TorchTrainerEngine:
         self._keeper.hold(run, lambda: read_state(state, self._base_model, self._model))
 
     def begun_from(self, state: bytes, lora: LoraSpec, *, optimizer: bool) -> bytes:
-        """Return the state of a run that begins with that of another. Raise `UserError` or `PermanentError`."""
+        """Return the state of a run that begins with that of another. Raise `PermanentError`."""
         return begun_from(state, self._base_model, self._model, lora, optimizer=optimizer)
 
     def park(self, run: str) -> None:
