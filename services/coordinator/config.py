@@ -26,3 +26,12 @@ class CoordinatorConfig(ServiceConfig, frozen=True, kw_only=True):
     """The same for the held-out groups of its evaluations."""
     keep_policies: int = 2
     """Newest versions of a job's policy that are kept beyond those still in use."""
+    janitor_seconds: Annotated[float, msgspec.Meta(gt=0)] = 30.0
+    """Between two looks at what clients' sessions have left behind."""
+    silence_seconds: float = 60.0
+    """A session whose last heartbeat has expired is seen so for this long before it lapses: after the mesh was away,
+    its client may be about to be heard of again."""
+    session_grace_seconds: float = 600.0
+    """How long runs and samplers of a session that has ended can still be asked for."""
+    unnamed_policy_seconds: float = 3600.0
+    """How long a policy stays that no sampler and no checkpoint names: requests that are on their way may."""

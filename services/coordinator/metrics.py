@@ -32,6 +32,9 @@ class CoordinatorMetrics:
             "openrl_jobs_submitted_total", "Submissions by outcome", ["outcome"], registry=registry
         )
         self.finished = Counter("openrl_jobs_finished_total", "Jobs by how they ended", ["phase"], registry=registry)
+        self.removed = Counter(
+            "openrl_removed_total", "What the janitor has put away, by kind", ["what"], registry=registry
+        )
         self.running = Gauge("openrl_jobs_running", "Jobs driven here", registry=registry)
         self.open = Gauge("openrl_jobs_open", "Jobs of the mesh that have not ended", ["phase"], registry=registry)
         self.disk_free = Gauge("openrl_disk_free_bytes", "Room in a file system (blobs)", ["place"], registry=registry)

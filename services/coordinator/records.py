@@ -15,6 +15,7 @@ from services.coordinator import policy
 from services.coordinator.metrics import CoordinatorMetrics
 from services.coordinator.metrics_file import MetricsFile
 from services.coordinator.patience import Patience
+from services.coordinator.removal import close_run, delete_policy
 from shared import topology
 from shared.contracts.jobs import (
     FINISHED,
@@ -120,7 +121,8 @@ class Records:
 
     async def finish(self, phase: JobPhase, reason: str) -> None:
         """End the job: no more operations come for its run."""
-        await self._close_run()
+        # Nothing will be replayed: the checkpoint of the last step is what stays.
+        await close_run(self._bus, self._node.blobs, self.record.run)
         await self.enter(phase, reason)
         self._metrics.ended(self.job, phase)
 
@@ -159,7 +161,7 @@ class Records:
         try:
             published = await self._published_versions()
             for version in policy.versions_to_delete(published, needed, keep):
-                await self._delete_policy(version)
+                await delete_policy(self._bus, self._node.blobs, self.record.run, version)
                 published.discard(version)
         except MeshError as error:
             log.warning("old policies of job %s stay for now: %s", self.job, error)
@@ -171,26 +173,6 @@ class Records:
         if self.record.policy is not None:
             self._published.add(self.record.policy.version)
         return self._published
-
-    async def _delete_policy(self, version: int) -> None:
-        key = (self.record.run, str(version))
-        entry = await self._policies.get(key)
-        if entry is None:
-            return
-        await self._policies.delete(key)
-        for ref in (entry.value.weights, entry.value.config):
-            await self._node.blobs.delete(ref.key)
-
-    async def _close_run(self) -> None:
-        run = self.record.run
-        while (entry := await self._runs.get(run)) is not None and not entry.value.closed:
-            closed = msgspec.structs.replace(entry.value, closed=True, snapshot=None)
-            if await self._runs.update(run, closed, entry.revision) is None:
-                continue
-            # Nothing will be replayed: the checkpoint of the last step is what stays.
-            await self._bus.purge(topology.OPERATIONS, run=run)
-            if entry.value.snapshot is not None:
-                await self._node.blobs.delete(entry.value.snapshot.state.key)
 
     async def _tell_step(self, row: StepReport) -> None:
         self._file.append("step", row)

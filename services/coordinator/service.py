@@ -5,6 +5,7 @@
 | submit, cancel, pause, resume, delete | `rl.v1.jobs.*` | nothing | anyone's message |
 | jobs | bucket `jobs` | a job that is open | a submission, an owner's wish |
 | claims | open jobs that nobody drives | a lease | expiry of a killed coordinator's lease; the end of a job's rest |
+| janitor | what clients' sessions have left | the janitor's lease; the end of its rest | the clock |
 | a job | see `services.coordinator.driver` | | |
 | bus | sizes of streams and queues, for the metrics; bucket `runs` | two seconds | the clock |
 """
@@ -20,6 +21,7 @@ from services.coordinator.bus_watch import BusWatch
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.deletion import Deletions
 from services.coordinator.handlers import Controls, Submissions
+from services.coordinator.janitor import Janitor
 from services.coordinator.jobs import Jobs
 from services.coordinator.metrics import CoordinatorMetrics
 from shared import topology
@@ -41,6 +43,7 @@ class CoordinatorService:
         metrics = CoordinatorMetrics(node.telemetry.registry)
         self._jobs = Jobs(node, config, metrics)
         self._bus_watch = BusWatch(node, metrics)
+        self._janitor = Janitor(node, config, metrics)
         self._workers: list[Worker[Any]] = [
             self._worker(topology.SUBMIT, Submissions(node.bus, metrics)),
             self._worker(topology.CANCEL, Controls(node.bus, "cancel")),
@@ -57,6 +60,7 @@ class CoordinatorService:
         """Take commands and drive jobs."""
         self._jobs.start()
         self._bus_watch.start()
+        self._janitor.start()
         for worker in self._workers:
             self._node.tasks.start("commands", worker.run())
         self._node.tasks.start("sweep", self._sweep())
@@ -65,6 +69,7 @@ class CoordinatorService:
         """Let go of all jobs; another coordinator, or this one after a restart, goes on."""
         await asyncio.gather(*(worker.stop(self._node.drain_seconds) for worker in self._workers))
         await self._jobs.stop()
+        await self._janitor.stop()
 
     async def _sweep(self) -> None:
         """Delete bodies of messages that have aged out of their streams."""

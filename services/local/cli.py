@@ -19,12 +19,14 @@ import typer
 
 from services.local import autoscale, job_commands, logs, models, prometheus, status
 from services.local import doctor as doctor_checks
-from services.local.config import DEFAULT_PORT, mesh_commands
+from services.local.config import DEFAULT_PORT, GATEWAY_PORT, mesh_commands
 from services.local.demo import SPEC, Demo, ensure_model, run_demo
 from services.local.job_commands import Data, Json, paths_of, showing
+from services.local.key_commands import key_app
 from services.local.lifecycle import run_detached, run_up, take_down, told_and_logged, until_signal
 from services.local.machine import SamplerEngine, check_device, check_engine
 from services.local.printing import as_json, table
+from services.local.up import Up
 from shared.errors import MeshError, UserError
 
 USER_ERROR = 2
@@ -40,8 +42,13 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="The models that the mesh can serve.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+app.add_typer(key_app, name="key")
 
 Port = Annotated[int, typer.Option("--port", help="Where the bus listens on 127.0.0.1. 0: any free port.")]
+GatewayPort = Annotated[
+    int | None,
+    typer.Option("--gateway-port", min=0, help=f"Where clients connect. 0: any free port. Default: {GATEWAY_PORT}."),
+]
 Models = Annotated[
     list[str] | None, typer.Option("--model", help="A registered model to serve; may be given again. Default: all.")
 ]
@@ -85,6 +92,7 @@ def up(
     data: Data = Path(".openrl"),
     model: Models = None,
     port: Port = DEFAULT_PORT,
+    gateway_port: GatewayPort = None,
     device: Device = "auto",
     sampler_engine: Engine = SamplerEngine.TORCH,
     detach: Detach = False,
@@ -106,25 +114,21 @@ def up(
     check_engine(sampler_engine)
     if dry_run and not with_autoscaler:
         raise UserError("--dry-run says what the autoscaler would do: give --autoscale with it")
-    with_prometheus |= with_autoscaler
-    served = models.chosen(paths, model or [])
-    placed = served if with_autoscaler and not dry_run else None
-    commands = mesh_commands(paths, served, device=device, engine=sampler_engine, placed=placed is not None)
-    beside = prometheus.Prometheus(paths, port=prometheus_port) if with_prometheus else None
-    if with_autoscaler and beside is not None:
-        commands.append(autoscale.command(served, beside.url, dry_run=dry_run))
-    if beside is not None:
-        commands += prometheus.gpu_commands()
-    if not detach:
-        run_up(paths, commands, port=port, echo=typer.echo, prometheus=beside, placed=placed, device=device)
-        return
-    named = [argument for name in model or [] for argument in ("--model", name)]
-    own = [sys.executable, "-m", "services.local", "up", "--data", str(paths.root), "--port", str(port)]
-    own += ["--prometheus", "--prometheus-port", str(prometheus_port)] if with_prometheus else []
-    own += ["--autoscale"] * with_autoscaler + ["--dry-run"] * dry_run
-    sys.exit(
-        run_detached(paths, [*own, "--device", device, "--sampler-engine", sampler_engine, *named], echo=typer.echo)
+    wish = Up(
+        paths=paths,
+        models=models.chosen(paths, model or []),
+        named=tuple(model or ()),
+        port=port,
+        # Whoever leaves the bus's port open has several meshes.
+        gateway_port=(GATEWAY_PORT if port else 0) if gateway_port is None else gateway_port,
+        device=device,
+        engine=sampler_engine,
+        prometheus_port=prometheus_port if with_prometheus or with_autoscaler else None,
+        autoscale="no" if not with_autoscaler else "dry-run" if dry_run else "yes",
     )
+    if detach:
+        sys.exit(run_detached(paths, wish.argv(), echo=typer.echo))
+    run_up(wish, echo=typer.echo)
 
 
 @app.command()

@@ -10,15 +10,19 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from services.local import keys
 from services.local.config import Paths, ServiceCommand
 from services.local.orphans import end_orphans
+from services.local.placed import Placeable
 from services.local.prometheus import Prometheus
 from services.local.state import held_lock, lock_holder, read_state, running_state
 from services.local.supervisor import Supervisor, Tell
+from services.local.up import Up
+from shared.bus import Bus
 from shared.errors import PermanentError
 from shared.observe import JsonFormatter
 
@@ -32,30 +36,51 @@ POLL_SECONDS = 0.05
 log = logging.getLogger(__name__)
 
 
-def run_up(
+def run_up(wish: Up, *, echo: Tell) -> None:
+    """Run a mesh until SIGTERM or Ctrl-C. Raise as `Supervisor.running`."""
+    wish.paths.make()
+    keys.ensure_secret(wish.paths)
+    beside = Prometheus(wish.paths, port=wish.prometheus_port) if wish.prometheus_port is not None else None
+
+    async def invite(bus: Bus) -> None:
+        key, url = await keys.ensure_default(bus, wish.paths), await keys.gateway_url(bus)
+        if beside is not None:
+            echo(f"Prometheus answers at {beside.url}")
+        if url is not None:
+            echo("clients reach the gateway with")
+            for line in keys.client_lines(url, key):
+                echo(line)  # a key does not belong into a log
+
+    run_commands(
+        wish.paths,
+        wish.commands(beside),
+        port=wish.port,
+        echo=echo,
+        prepare=invite,
+        prometheus=beside,
+        placeable=wish.placeable,
+    )
+
+
+def run_commands(
     paths: Paths,
     commands: Sequence[ServiceCommand],
     *,
     port: int,
     echo: Tell,
+    prepare: Callable[[Bus], Awaitable[None]] | None = None,
     prometheus: Prometheus | None = None,
-    placed: Mapping[str, Path] | None = None,
-    device: str = "auto",
+    placeable: Placeable | None = None,
 ) -> None:
-    """Run the mesh until SIGTERM or Ctrl-C, and Prometheus beside it. Raise as `Supervisor.running`.
-
-    `placed` and `device` are as in `Supervisor`.
-    """
+    """Run these services until SIGTERM or Ctrl-C; the rest is as in `Supervisor`. Raise as `Supervisor.running`."""
     paths.make()
     tell = told_and_logged(paths, echo)
 
     async def stay() -> None:
         supervisor = Supervisor(
-            paths, commands, port=port, tell=tell, prometheus=prometheus, placed=placed, device=device
+            paths, commands, port=port, tell=tell, prepare=prepare, prometheus=prometheus, placeable=placeable
         )
         async with supervisor.running():
-            if prometheus is not None:
-                tell(f"Prometheus answers at {prometheus.url}")
             tell(f"the mesh is ready on {paths.root} at {supervisor.nats_url}; Ctrl-C or `openrl down` ends it")
             await supervisor.wait()
 
@@ -113,6 +138,7 @@ def run_detached(paths: Paths, argv: Sequence[str], *, echo: Tell) -> int:
     while process.poll() is None:
         printed.more()
         if (state := running_state(paths)) and state.pid == process.pid and state.phase == "ready":
+            printed.more()
             process.returncode = 0  # it stays; nobody waits for it any more
             output_path.replace(paths.detached)
             return 0

@@ -18,6 +18,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -70,17 +71,24 @@ def _gpus() -> list[tuple[str, str, float]]:
     return [(row[0].strip(), row[1].strip(), float(row[2])) for row in csv.reader(asked.stdout.splitlines()) if row]
 
 
+@dataclass(frozen=True)
+class Placeable:
+    """What may be placed here."""
+
+    models: Mapping[str, Path]
+    """Directories of the base models by name."""
+    device: str = "auto"
+    engine: str = "torch"
+    """The samplers'."""
+
+
 class Placed:
     """See the module's docstring."""
 
-    def __init__(
-        self, bus: Bus, node: NodeRecord, models: Mapping[str, Path], device: str, start: Start, remove: Remove
-    ) -> None:
-        """`models` are the directories of the base models that may be placed here."""
+    def __init__(self, bus: Bus, node: NodeRecord, placeable: Placeable, start: Start, remove: Remove) -> None:
         self._node = node
         self._gpus = {gpu.name: gpu for gpu in node.gpus}
-        self._models = models
-        self._device = device
+        self._placeable = placeable
         self._start = start
         self._remove = remove
         self._nodes = bus.table(topology.NODES)
@@ -132,9 +140,11 @@ class Placed:
     def _command(self, record: PlacementRecord) -> ServiceCommand:
         config: dict[str, Setting] = {
             "base_model": record.base_model,
-            "model_dir": str(self._models.get(record.base_model, record.base_model)),
-            "device": self._device,
+            "model_dir": str(self._placeable.models.get(record.base_model, record.base_model)),
+            "device": self._placeable.device,
         }
+        if record.role == "sampler":
+            config["engine"] = self._placeable.engine
         return service_command(record.role, record.replica, config, environment=self._environment(record))
 
     def _environment(self, record: PlacementRecord) -> dict[str, str]:

@@ -18,9 +18,8 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from functools import partial
-from pathlib import Path
 
 from services.local.config import DEFAULT_PORT, Paths, ServiceCommand, Setting, write_toml
 from services.local.endings import finish
@@ -29,7 +28,7 @@ from services.local.logs import rotate
 from services.local.machine import check_port, readable, store_limit, streams_size, tree_size
 from services.local.nats_server import NatsServer
 from services.local.orphans import end_orphans
-from services.local.placed import Placed, node_record
+from services.local.placed import Placeable, Placed, node_record
 from services.local.processes import Child, Process, Program, guarded, spawn, stop_all
 from services.local.prometheus import Prometheus
 from services.local.state import MeshState, Phase, held_lock, read_state, write_state
@@ -64,14 +63,14 @@ class Supervisor:
         port: int = DEFAULT_PORT,
         tell: Tell,
         start_seconds: float = START_SECONDS,
+        prepare: Callable[[Bus], Awaitable[None]] | None = None,
         prometheus: Prometheus | None = None,
-        placed: Mapping[str, Path] | None = None,
-        device: str = "auto",
+        placeable: Placeable | None = None,
     ) -> None:
         """`port` is the bus's, 0 for a free one. `tell` is given what people should know, a line at a time.
 
-        `prometheus` is kept running too, and told which replicas there are. `placed` has the directories of the models
-        whose samplers and trainers an autoscaler places here; None: nobody does.
+        `prepare` is awaited when all services are ready, before the mesh counts as such. `prometheus` is kept running
+        too, and told which replicas there are. `placeable` is what an autoscaler may place here; None: nothing.
         """
         self.nats_url = ""
         self._paths = paths
@@ -79,9 +78,9 @@ class Supervisor:
         self._port = port
         self._tell = tell
         self._start_seconds = start_seconds
+        self._prepare = prepare
         self._prometheus = prometheus
-        self._models = placed
-        self._device = device
+        self._placeable = placeable
         self._placed: Placed | None = None
         self._started = time.time()
         self._phase: Phase = "starting"
@@ -139,9 +138,11 @@ class Supervisor:
         for command in self._commands:
             self._start_service(command)
         await self._unless_failed(self._all_ready(self._bus))
+        if self._prepare is not None:
+            await self._prepare(self._bus)
         self._observing = self._tasks.start("observe", self._observe(self._bus))
-        if self._models is not None:
-            self._placed = self._made_placed(self._bus, self._models)
+        if self._placeable is not None:
+            self._placed = self._made_placed(self._bus, self._placeable)
             self._placing = self._tasks.start("placements", self._placed.keep())
         self._become("ready")
         return self._bus
@@ -175,11 +176,11 @@ class Supervisor:
         wrap = partial(guarded, last_signal=signal.SIGTERM)
         return await NatsServer.start(self._paths.nats, port=self._port or -1, max_store_bytes=limit, wrap=wrap)
 
-    def _made_placed(self, bus: Bus, models: Mapping[str, Path]) -> Placed:
+    def _made_placed(self, bus: Bus, placeable: Placeable) -> Placed:
         node = node_record()
         for gpu in node.gpus:
             self._tell(f"replicas are placed on {gpu.name}, {gpu.type or 'a GPU'} with {gpu.memory_gib:.0f} GiB")
-        return Placed(bus, node, models, self._device, self._start_service, self._remove)
+        return Placed(bus, node, placeable, self._start_service, self._remove)
 
     def _start_service(self, command: ServiceCommand) -> Child:
         config, output = self._paths.configs / f"{command.name}.toml", self._paths.log(command.name)

@@ -15,15 +15,23 @@ from shared.bus import Bus, Delivery
 from shared.contracts.results import RequestFailed
 from shared.contracts.sampling import SampleRequest, SampleResult
 from shared.errors import UserError, failure_of
+from shared.usage import Usage
 
 
 class SampleHandler:
     """Answers sample requests. Doing one twice gives the same answer, or one that is dropped."""
 
     def __init__(
-        self, bus: Bus, engine: SamplerEngine, policies: Policies, abandoned: Abandoned, metrics: SamplerMetrics
+        self,
+        bus: Bus,
+        engine: SamplerEngine,
+        policies: Policies,
+        abandoned: Abandoned,
+        metrics: SamplerMetrics,
+        usage: Usage,
     ) -> None:
         self._bus = bus
+        self._usage = usage
         self._engine = engine
         self._policies = policies
         self._abandoned = abandoned
@@ -38,8 +46,8 @@ class SampleHandler:
             gone = failure_of(UserError(f"request {request.request_id} was abandoned by whoever asked"))
             await self._bus.answer(RequestFailed(request_id=request.request_id, failure=gone), json=delivery.json)
             return
-        self._count(request, result)
         await self._bus.answer(result, json=delivery.json)
+        self._count(request, result)
 
     async def _unless_abandoned(self, request: SampleRequest) -> SampleResult | None:
         work = asyncio.ensure_future(self._result(request))
@@ -63,6 +71,8 @@ class SampleHandler:
         self._metrics.queue_seconds.observe(result.queue_seconds)
         sampled = [len(sequence.tokens) for sequence in result.sequences]
         self._metrics.answered(request.owner, prompt=len(request.prompt), sampled=sampled)
+        self._usage.count("prompt", len(request.prompt), owner=request.owner, session=request.session)
+        self._usage.count("sampled", sum(sampled), owner=request.owner, session=request.session)
 
 
 def _owned(delivery: Delivery[SampleRequest]) -> SampleRequest:

@@ -15,8 +15,6 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import msgspec
-
 from services.sampler.abandoned import Abandoned
 from services.sampler.config import SamplerConfig
 from services.sampler.engines.base import SamplerEngine
@@ -25,9 +23,10 @@ from services.sampler.handlers import SampleHandler
 from services.sampler.metrics import SamplerMetrics
 from services.sampler.policies import Policies
 from shared import topology
-from shared.contracts.replicas import CONTEXT
 from shared.errors import MeshError, PermanentError
+from shared.model_offers import model_offers
 from shared.node import Node
+from shared.usage import Usage
 from shared.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -42,17 +41,18 @@ class SamplerService:
         self, config: SamplerConfig, node: Node, make_engine: Callable[[SamplerConfig], SamplerEngine]
     ) -> None:
         self.base_model: str | None = config.base_model
-        self.offers: Sequence[str] = context_offers(Path(config.model_dir))
+        self.offers: Sequence[str] = model_offers(Path(config.model_dir))
         self._node = node
         self._engine = make_engine(config)
         self._metrics = SamplerMetrics(node.telemetry.registry, self._engine, config.max_sequences)
         files = PolicyFiles(node.bus, config.base_model)
         self._policies = Policies(self._engine, files.fetch, node.tasks, self._metrics.policy_seconds)
         self._abandoned = Abandoned()
+        self._usage = Usage(node.bus, config.base_model)
         self._worker = Worker(
             node.bus,
             topology.sampler_consumer(config.base_model),
-            SampleHandler(node.bus, self._engine, self._policies, self._abandoned, self._metrics),
+            SampleHandler(node.bus, self._engine, self._policies, self._abandoned, self._metrics, self._usage),
             concurrency=config.max_requests,
             metrics=node.worker_metrics,
         )
@@ -72,11 +72,13 @@ class SamplerService:
         self._node.tasks.start("announcements", self._follow_announcements(place))
         self._node.tasks.start("requests", self._worker.run())
         self._node.tasks.start("engine", self._watch_engine())
+        self._usage.start(self._node.tasks)
 
     async def stop(self) -> None:
         """Finish what runs, hand back the rest."""
         await self._worker.stop(self._node.drain_seconds)
         await self._engine.stop()
+        await self._usage.stop()
 
     async def _watch_engine(self) -> None:
         """Fail when the engine has: a replica that can only refuse must not take from the shared queue."""
@@ -100,16 +102,3 @@ class SamplerService:
                     error,
                     extra={"run": record.policy.run, "policy": record.policy},
                 )
-
-
-class _ModelConfig(msgspec.Struct):
-    max_position_embeddings: int | None = None
-
-
-def context_offers(model_dir: Path) -> list[str]:
-    """How many tokens fit into a model, as its own configuration says; nothing where it does not."""
-    try:
-        found = msgspec.json.decode((model_dir / "config.json").read_bytes(), type=_ModelConfig)
-    except (OSError, msgspec.MsgspecError):
-        return []
-    return [f"{CONTEXT}{found.max_position_embeddings}"] if found.max_position_embeddings else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,22 @@ def test_a_step_of_one_run_leaves_the_others_bit_for_bit(engine: TorchTrainerEng
     engine.optim_step({"a": AdamParams(learning_rate=0.1, weight_decay=0.9, grad_clip_norm=1e-3)})
     engine.forward_backward([PassItem("a", some_data(1, "cross_entropy"), RUNS["a"][1])])
     assert engine.snapshot("b") == before
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_metric_says_how_parts_are_joined(engine: TorchTrainerEngine, run: str) -> None:
+    lora, loss, adam = RUNS[run]
+    engine.create_run(run, lora)
+    data = data_of(run, 3)
+    for forward_only in (True, False):
+        outcome = good(*engine.forward_backward([PassItem(run, data, loss, forward_only)]))
+        assert "loss:sum" in outcome.metrics
+        for name in outcome.metrics:
+            assert re.fullmatch(r"[a-z_]+:(mean|sum|min|max)", name), name
+        for datum, logprobs in zip(data, outcome.logprobs, strict=True):
+            assert len(logprobs) == len(datum.targets)
+    for name in engine.optim_step({run: adam})[run].metrics:
+        assert re.fullmatch(r"[a-z_]+:(mean|sum|min|max)", name), name
 
 
 def test_a_step_without_gradient_only_counts(engine: TorchTrainerEngine) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from services.local.cli import exit_with
 from services.local.config import Paths, ServiceCommand
-from services.local.lifecycle import run_up
+from services.local.lifecycle import run_commands
 from shared.config import ServiceConfig
 from shared.errors import UserError
 from shared.node import Node
@@ -69,7 +69,7 @@ def up_argv(paths: Paths, port: int, *modes: str) -> list[str]:
 def up(data: str, port: str, *modes: str) -> None:
     paths = Paths.of(Path(data))
     with exit_with():
-        run_up(paths, commands(paths, *modes), port=int(port), echo=typer.echo)
+        run_commands(paths, commands(paths, *modes), port=int(port), echo=typer.echo)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from services.autoscaler.config import AutoscalerConfig, GroupConfig, ScalingCon
 from services.autoscaler.readings import BUS_LOOK, SAMPLERS
 from services.autoscaler.service import NEWEST, AutoscalerService
 from services.local.config import ServiceCommand
-from services.local.placed import Placed
+from services.local.placed import Placeable, Placed
 from services.local.state import Condition
 from shared import topology
 from shared.contracts.placement import GpuRecord, NodeRecord, PlacementRecord, ScalingDecided
@@ -30,6 +30,7 @@ NODE = NodeRecord(node="here", gpus=[GpuRecord(name="here/0", index="0", memory_
 GROUP = GroupConfig(
     name="samplers", role="sampler", base_model=MODEL, shape=ShapeConfig(memory_gib=8.0, milli=250), slots=4, max=3
 )
+PLACEABLE = Placeable({MODEL: Path("/models/one")})
 SCALING = ScalingConfig(tick_seconds=0.05)
 
 
@@ -86,9 +87,7 @@ class Machine:
     def __init__(self, node: Node) -> None:
         self.children: list[FakeChild] = []
         self.bus = node.bus
-        self.placed = Placed(
-            node.bus, NODE, {MODEL: Path("/models/one")}, "auto", self._start, self.children.remove  # type: ignore[arg-type]
-        )  # fmt: skip
+        self.placed = Placed(node.bus, NODE, PLACEABLE, self._start, self.children.remove)  # type: ignore[arg-type]
 
     def _start(self, command: ServiceCommand) -> Any:
         self.children.append(FakeChild(command))
