@@ -35,6 +35,10 @@ class Registry(CollectorRegistry):
             labelled.samples = samples
             yield labelled
 
+    def get_sample_value(self, name: str, labels: dict[str, str] | None = None) -> float | None:
+        """See `CollectorRegistry.get_sample_value`. The process's own labels need not be given."""
+        return super().get_sample_value(name, {**self.labels, **(labels or {})})
+
 
 class Few:
     """Bounds the values of a label that come from outside: the first ones stay, the rest are `OTHERS` together."""

@@ -129,16 +129,20 @@ class Table(Generic[T]):
         What cannot be decoded is logged and left out.
         """
         subject = self._prefix + "".join(f"{token(part)}." for part in _key(within)) + ">"
-        found: list[Entry[T]] = []
+        found: dict[tuple[str, ...], Entry[T]] = {}
         place = 0
         while True:
             try:
                 item = await self._read(subject, seq=place + 1, next=True)
             except js_errors.NotFoundError:
-                return found
+                return list(found.values())
             place = item.seq
-            if (change := self._change(item)) is not None and change.value is not None:
-                found.append(Entry(change.key, change.value, place))
+            if (change := self._change(item)) is None:
+                continue
+            # Seen before if it was written again meanwhile: the newest counts, at its new place.
+            found.pop(change.key, None)
+            if change.value is not None:
+                found[change.key] = Entry(change.key, change.value, place)
 
     async def keys(self) -> set[tuple[str, ...]]:
         """The keys of all entries, in one question. One that was deleted may still be among them until it expires.

@@ -105,3 +105,16 @@ async def test_streams_have_a_size_and_count_what_was_ever_put_in(bus: Bus) -> N
     assert sample.bytes > 0
     assert load.storage > 0
     assert load.storage_limit == topology.MOST_BYTES
+
+
+async def test_an_entry_that_is_written_while_all_are_read_is_there_once(bus: Bus) -> None:
+    table = bus.table(topology.ALIASES)
+    for number in range(60):
+        await table.put(f"name-{number}", "model")
+    reading = asyncio.create_task(table.items())
+    for number in range(30):
+        await table.put(f"name-{number}", "another")
+    assert not reading.done(), "all was written meanwhile"
+    names = [entry.key[0] for entry in await reading]
+    assert len(names) == len(set(names)) == 60
+    assert await table.keys() == {(name,) for name in names}

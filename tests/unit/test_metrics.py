@@ -26,6 +26,7 @@ def test_all_metrics_of_a_process_bear_its_labels() -> None:
     text = generate_latest(registry).decode()
     assert 'plain{base_model="tiny"} 1.0' in text
     assert 'own{base_model="mine"} 2.0' in text, "a metric's own label goes before"
+    assert registry.get_sample_value("plain") == 1
 
 
 def test_values_of_a_label_are_bounded() -> None:
