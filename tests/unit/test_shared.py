@@ -88,6 +88,20 @@ def test_configuration_errors_name_the_key(tmp_path: Path, text: str, environ: d
         config.load(ExampleConfig, "example", file, environ)
 
 
+def test_what_every_service_has_is_set_for_all_at_once_and_for_one_before_that(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('log_level = "DEBUG"\ndrain_seconds = 1.0\nreplica = "one"\n')
+    environ = {
+        "OPENRL_MESH_LOG_LEVEL": "WARNING",
+        "OPENRL_MESH_DRAIN_SECONDS": "2",
+        "OPENRL_EXAMPLE_DRAIN_SECONDS": "3",
+    }
+    loaded = config.load(ExampleConfig, "example", file, environ)
+    assert (loaded.replica, loaded.log_level, loaded.drain_seconds) == ("one", "WARNING", 3.0)
+    with pytest.raises(UserError, match="OPENRL_MESH_SIZE is unknown: every service has nats_url"):
+        config.load(ExampleConfig, "example", None, {"OPENRL_MESH_SIZE": "7"})
+
+
 def test_a_missing_configuration_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing.toml cannot be read"):
         config.load(ExampleConfig, "example", tmp_path / "nothing.toml", {})
