@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "The venv module is missing: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 2; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,environments,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,environments,gateway,dev]'
 	@touch $@
 
 demo: $(STAMP) ## Train a real model by reinforcement learning, and see it learn

@@ -396,18 +396,52 @@ class Bus:
 
     async def _abandon(self, channel: Channel[Any], request: str) -> None:
         if channel.stream.kept is Kept.UNTIL_DONE:
-            with contextlib.suppress(NatsError):
-                await self.client.publish(topology.abandoned(request), b"")
+            await self.abandon(request)
+
+    async def abandon(self, request: str) -> None:
+        """Say that nobody waits for a request on a work queue any more. Whoever does not hear it works in vain."""
+        with contextlib.suppress(NatsError):
+            await self.client.publish(topology.abandoned(request), b"")
 
     async def answer_of(self, request: str) -> Result | None:
         """The answer of a request, if it is there and not older than an hour."""
+        try:
+            raw = await self.stored_answer(request)
+        except TemporaryError:
+            return None
+        return None if raw is None else (await self.open(topology.ANSWERS, raw.body, raw.headers))[0]
+
+    async def stored_answer(self, request: str) -> Stored | None:
+        """The same as it is stored, for `open`. Raise `TemporaryError` if the bus does not answer."""
         subject = topology.ANSWERS.subject(request=request)
         try:
-            raw = await self.newest(topology.RESULTS.name, subject)
-        except (js_errors.NotFoundError, *AWAY):
+            return await self.newest(topology.RESULTS.name, subject)
+        except js_errors.NotFoundError:
             return None
-        result, _ = await self.open(topology.ANSWERS, raw.body, raw.headers)
-        return result
+        except (*AWAY, *CLOSED, js_errors.APIError) as error:
+            raise TemporaryError(f"the bus does not answer for {subject}: {error or type(error).__name__}") from None
+
+    async def hear_answers(self, asker: str, heard: Callable[[Stored], None]) -> Callable[[], Awaitable[None]]:
+        """Call `heard` from now on with each answer to requests `asker.…`, as it is sent: its place is not known.
+
+        Returns what ends this. While the connection is interrupted answers are missed (see `interruptions`).
+        """
+
+        async def on_message(message: Msg) -> None:
+            heard(Stored(message.subject, 0, message.data, message.headers or {}))
+
+        subscription = await self.client.subscribe(f"{topology.ANSWERS.subject(request=asker)}.>", cb=on_message)
+
+        async def end() -> None:
+            with contextlib.suppress(NatsError):
+                await subscription.unsubscribe()
+
+        return end
+
+    @property
+    def interruptions(self) -> int:
+        """How often the connection has been lost and made again."""
+        return int(self.client.stats["reconnects"])
 
     async def _answered(self, request: str, answer: asyncio.Future[Result]) -> Result:
         patience = BACKSTOP if self._is_own(request) else 0.0

@@ -40,8 +40,17 @@ PRESENCE_SECONDS = 2.0
 USER_ERROR_EXIT = 2
 
 
-def main(service: str, kind: type[ConfigT], build: Build[ConfigT]) -> None:
-    """Run a service until it is told to stop. Does not return."""
+def main(
+    service: str,
+    kind: type[ConfigT],
+    build: Build[ConfigT],
+    *,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> None:
+    """Run a service until it is told to stop. Does not return.
+
+    `loop_factory` makes its event loop. None: asyncio's own.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m services.{service}")
     parser.add_argument("--config", type=Path, help="TOML file; OPENRL_" + service.upper() + "_* goes before it")
     arguments = parser.parse_args()
@@ -49,7 +58,8 @@ def main(service: str, kind: type[ConfigT], build: Build[ConfigT]) -> None:
         config = configuration.load(kind, service, arguments.config)
         observe.log_as_json(service, replica_name(service, config), config.log_level)
         observe.log_what_nobody_caught()
-        asyncio.run(_until_stopped(service, config, build))
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(_until_stopped(service, config, build))
     except UserError as error:
         if not logging.getLogger().handlers:
             observe.log_as_json(service, "", "INFO")

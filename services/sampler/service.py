@@ -15,8 +15,6 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import msgspec
-
 from services.sampler.abandoned import Abandoned
 from services.sampler.config import SamplerConfig
 from services.sampler.engines.base import SamplerEngine
@@ -25,8 +23,8 @@ from services.sampler.handlers import SampleHandler
 from services.sampler.metrics import SamplerMetrics
 from services.sampler.policies import Policies
 from shared import topology
-from shared.contracts.replicas import CONTEXT
 from shared.errors import MeshError, PermanentError
+from shared.model_offers import model_offers
 from shared.node import Node
 from shared.worker import Worker
 
@@ -42,7 +40,7 @@ class SamplerService:
         self, config: SamplerConfig, node: Node, make_engine: Callable[[SamplerConfig], SamplerEngine]
     ) -> None:
         self.base_model: str | None = config.base_model
-        self.offers: Sequence[str] = context_offers(Path(config.model_dir))
+        self.offers: Sequence[str] = model_offers(Path(config.model_dir))
         self._node = node
         self._engine = make_engine(config)
         self._metrics = SamplerMetrics(node.telemetry.registry, self._engine)
@@ -100,16 +98,3 @@ class SamplerService:
                     error,
                     extra={"run": record.policy.run, "policy": record.policy},
                 )
-
-
-class _ModelConfig(msgspec.Struct):
-    max_position_embeddings: int | None = None
-
-
-def context_offers(model_dir: Path) -> list[str]:
-    """How many tokens fit into a model, as its own configuration says; nothing where it does not."""
-    try:
-        found = msgspec.json.decode((model_dir / "config.json").read_bytes(), type=_ModelConfig)
-    except (OSError, msgspec.MsgspecError):
-        return []
-    return [f"{CONTEXT}{found.max_position_embeddings}"] if found.max_position_embeddings else []

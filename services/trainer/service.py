@@ -19,6 +19,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from services.trainer.answers import Answers
 from services.trainer.config import TrainerConfig
@@ -36,6 +37,7 @@ from services.trainer.snapshots import Snapshots
 from shared import observe
 from shared.contracts.training import AnyOperation, OptimStep
 from shared.errors import TemporaryError
+from shared.model_offers import model_offers
 from shared.node import Node
 
 log = logging.getLogger(__name__)
@@ -47,12 +49,11 @@ TIDY_SECONDS = 1.0
 class TrainerService:
     """One trainer."""
 
-    offers: Sequence[str] = ()
-
     def __init__(
         self, config: TrainerConfig, node: Node, make_engine: Callable[[TrainerConfig], TrainerEngine]
     ) -> None:
         self.base_model: str | None = config.base_model
+        self.offers: Sequence[str] = model_offers(Path(config.model_dir))
         self._config = config
         self._node = node
         self._engine = EngineThread(lambda: make_engine(config))

@@ -5,7 +5,11 @@ from __future__ import annotations
 from shared.contracts.base import Contract
 
 CONTEXT = "context:"
-"""Begins the offer in which a sampler says how many tokens fit into its model: `context:8192`."""
+"""Begins the offer in which a sampler or trainer says how many tokens fit into its model: `context:8192`."""
+DIRECTORY = "directory:"
+"""Begins the offer in which it says where the model's files lie on its machine: `directory:/models/smollm2`."""
+HTTP = "http:"
+"""Begins the offer in which a gateway says on which port clients connect: `http:8470`."""
 
 
 class ReplicaRecord(Contract):
@@ -23,4 +27,4 @@ class ReplicaRecord(Contract):
     """Samplers and trainers: what they serve."""
     started: float = 0.0
     offers: list[str] = []
-    """Environments and rewards that can be named in a job; of samplers how many tokens fit."""
+    """Environments and rewards that can be named in a job; of others what the words above begin."""

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.service import CoordinatorService
+from services.gateway.config import GatewayConfig
+from services.gateway.service import GatewayService
 from services.sampler.config import SamplerConfig
 from services.sampler.engines.factory import make_engine as make_sampler_engine
 from services.sampler.service import SamplerService
@@ -65,6 +67,14 @@ class Place:
         async with running("coordinator", config, CoordinatorService) as (service, node):
             assert isinstance(service, CoordinatorService)
             yield service, node
+
+    @contextlib.asynccontextmanager
+    async def gateway(self, **settings: Any) -> AsyncIterator[GatewayService]:
+        """A gateway on a free port of the loopback."""
+        config = GatewayConfig(**{**self.common, "replica": "gateway-1", "port": 0, **settings})
+        async with running("gateway", config, GatewayService) as (service, _):
+            assert isinstance(service, GatewayService)
+            yield service
 
     def _engine(self, service: str) -> dict[str, Any]:
         return {
