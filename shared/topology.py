@@ -15,6 +15,7 @@ from shared.contracts.checkpoints import CheckpointRecord
 from shared.contracts.checks import CheckEnvironment, CheckReward
 from shared.contracts.episodes import GroupScored, PlayGroup, ScoreGroup
 from shared.contracts.jobs import ControlJob, JobChanged, JobProgressed, JobRecord, JobStanding, Submission, SubmitJob
+from shared.contracts.placement import ScalingDecided
 from shared.contracts.policies import PolicyPublished, PolicyRecord, PolicyRef
 from shared.contracts.replicas import ReplicaRecord
 from shared.contracts.results import DeadLetter, DeliveryMark, Result
@@ -155,12 +156,13 @@ POLICIES_PUBLISHED = Channel[PolicyPublished](
 )
 JOB_PROGRESS = Channel[JobProgressed]("progress", "rl.v1.events.progress.{job}", JobProgressed, EVENTS, json=True)
 JOB_PHASES = Channel[JobChanged]("phases", "rl.v1.events.job.{job}", JobChanged, EVENTS, json=True)
+SCALING = Channel[ScalingDecided]("scaling", "rl.v1.events.scaling.{group}", ScalingDecided, EVENTS, json=True)
 DEAD_LETTERS = Channel[DeadLetter]("dead_letters", "rl.v1.dead.{stream}", DeadLetter, DEAD)
 USED = Channel[UsageRecorded]("usage", "rl.v1.usage.{owner}", UsageRecorded, USAGE, json=True)
 AUDITS = Channel[Audited]("audit", "rl.v1.audit.{owner}", Audited, AUDIT, json=True)
 CHANNELS: tuple[Channel[Any], ...] = (
     SUBMIT, CANCEL, PAUSE, RESUME, DELETE, ENVIRONMENT_CHECKS, REWARD_CHECKS, OPERATIONS, SAMPLES, GROUPS, PLAYED,
-    SCORED, ANSWERS, POLICIES_PUBLISHED, JOB_PROGRESS, JOB_PHASES, DEAD_LETTERS, USED, AUDITS,
+    SCORED, ANSWERS, POLICIES_PUBLISHED, JOB_PROGRESS, JOB_PHASES, SCALING, DEAD_LETTERS, USED, AUDITS,
 )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ from shared.contracts.jobs import (
     Submission,
     SubmitJob,
 )
+from shared.contracts.placement import ScalingDecided
 from shared.contracts.policies import LoraSpec, PolicyPublished, PolicyRecord, PolicyRef
 from shared.contracts.replicas import ReplicaRecord
 from shared.contracts.results import DeadLetter, DeliveryMark, RequestFailed
@@ -302,6 +303,13 @@ MESSAGES: dict[str, tuple[topology.Channel[Any], Any]] = {
     "job_changed": (
         topology.JOB_PHASES,
         JobChanged(job="first-1", phase="failed", reason="why", evaluations=[EVALUATION], policy=POLICY),
+    ),
+    "scaling_decided": (
+        topology.SCALING,
+        ScalingDecided(
+            group="smollm2-samplers", decision="start", reason="why", wanted=3, have=2, at=100.5, cause="panic",
+            replica="smollm2-samplers-2", gpus=["n1/0"], replaces="smollm2-samplers-0", dry_run=True,
+        ),
     ),
     "dead_letter": (
         topology.DEAD_LETTERS,
