@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_empty_and_endless_names_are_refused(name: str) -> None:
 
 def test_every_subject_belongs_to_exactly_its_stream() -> None:
     for channel in topology.CHANNELS:
-        parts = dict.fromkeys(("run", "pool", "environment", "reward", "job", "request", "stream"), "x")
+        parts = dict.fromkeys(re.findall(r"\{(\w+)\}", channel.template), "x")
         owners = [
             stream for stream in topology.STREAMS for pattern in stream.subjects if matches(pattern, channel, parts)
         ]
