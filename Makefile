@@ -49,8 +49,8 @@ lint: $(STAMP) ## Style, format, import rules
 types: $(STAMP) ## Static types, strict
 	$(BIN)/mypy
 
-unit: $(STAMP) ## Pure policies, contracts, engines
-	$(BIN)/python -m pytest --numprocesses 2 tests/unit tests/contracts tests/engines tests/gpu
+unit: $(STAMP) ## Pure policies, contracts, engines, manifests
+	$(BIN)/python -m pytest --numprocesses 2 tests/unit tests/contracts tests/engines tests/gpu tests/k8s
 
 mesh: $(STAMP) ## Real nats-server, real services, one of them as processes
 	$(BIN)/python -m pytest --numprocesses 2 tests/mesh

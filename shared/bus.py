@@ -11,25 +11,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
+import ssl
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.errors import ConnectionClosedError
+from nats.errors import AuthorizationError, ConnectionClosedError
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext, api
 from nats.js import errors as js_errors
 
-from shared import observe, topology, wire
+from shared import observe, provision, topology, wire
 from shared.blobs import Blobs, checksum
 from shared.contracts.blobs import BlobRef
 from shared.contracts.results import DeadLetter, RequestFailed, Result
 from shared.errors import MeshError, PermanentError, StorageFull, TemporaryError, UserError, failure_of
 from shared.tables import AWAY, CLOSED, Stored, Table, check_size, stored
-from shared.topology import Bucket, Channel, Kept, Stream
+from shared.topology import Bucket, Channel, Kept
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -46,8 +49,6 @@ BACKSTOP = 5.0
 """Seconds after which a reader looks again although nothing woke it: a wake-up may be lost when a connection breaks."""
 _WAKE_DELAYS = (0.002, 0.01, 0.05, 0.2, 1.0)
 """A wake-up may come before the stream has stored the message, so look again soon."""
-_FULL = {10023, 10047, 10077, 10122}
-"""JetStream's codes for: insufficient resources, insufficient storage, stream at its size, maximum storage exceeded."""
 
 OnUnreadable = Callable[[Stored, PermanentError], Awaitable[None]]
 
@@ -66,8 +67,37 @@ class Delivery(Generic[T]):
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Login:
+    """Who this process is to the nats-server, and how it knows the server. Empty: not needed."""
+
+    user: str = ""
+    password: str = field(default="", repr=False)
+    credentials: str = ""
+    """File with a JWT and its seed, as `nsc` writes it."""
+    ca: str = ""
+    """File with the certificates that the server's is checked by; with it the connection is encrypted."""
+
+    def options(self) -> dict[str, Any]:
+        """The same, as the client library takes it. Raise `UserError` for a file that cannot be read."""
+        options: dict[str, Any] = {"user": self.user, "password": self.password} if self.user else {}
+        try:
+            if self.credentials:
+                Path(self.credentials).read_bytes()  # the library would say so only in its log, again and again
+                options["user_credentials"] = self.credentials
+            if self.ca:
+                options["tls"] = ssl.create_default_context(cafile=self.ca)
+        except OSError as error:
+            raise UserError(f"{self.credentials or self.ca} cannot be used to log in to the bus: {error}") from None
+        return options
+
+
 class Bus:
     """A connection to the mesh."""
+
+    consistent = True
+    """Whether whoever answers a direct read has seen all that was stored. Only so with a single server: in a cluster
+    any of those that keep a stream answers, and may be some milliseconds behind."""
 
     def __init__(self, client: Client, blobs: Blobs, name: str) -> None:
         """Use `connect`."""
@@ -80,36 +110,42 @@ class Bus:
         self._answers_open = False
 
     @classmethod
-    async def connect(cls, url: str, blobs: Blobs, *, name: str) -> Bus:
-        """Connect and see to it that streams and buckets are there.
+    async def connect(cls, url: str, blobs: Blobs, *, name: str, replicas: int = 1, login: Login | None = None) -> Bus:
+        """Connect and see to it that streams and buckets are there, each kept by `replicas` servers or more.
 
-        Raise `UserError` if no server answers at `url`; later interruptions are waited out.
+        `url` may be several, with commas between. Raise `UserError` if no server answers or lets us in; later
+        interruptions are waited out.
         """
         client = Client()
+        options = (login or Login()).options()
         try:
             async with asyncio.timeout(CONNECT_PATIENCE):
                 await client.connect(
-                    url,
+                    url.split(","),
                     name=name,
                     max_reconnect_attempts=-1,
                     reconnect_time_wait=1,
                     connect_timeout=3,
                     error_cb=_log_error,
                     pending_size=64 * topology.MIB,
+                    **options,
                 )
         except (OSError, NatsError):
             await client.close()
-            raise UserError(
-                f"no nats-server answers at {url} within {CONNECT_PATIENCE:g} s: start one, or set nats_url"
-            ) from None
+            raise UserError(_no_connection(url, client.last_error)) from None
         bus = cls(client, blobs, name)
-        await bus._ensure()
+        bus.consistent = await provision.provide(bus.stream_context, replicas) == 1
         return bus
 
     @property
     def connected(self) -> bool:
         """Whether the server can be reached at this moment."""
         return self.client.is_connected
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can still be reached at some time. No longer so once a server has refused to let us in again."""
+        return not self.client.is_closed
 
     async def close(self) -> None:
         """Say goodbye. What was published has already been stored."""
@@ -189,7 +225,7 @@ class Bus:
             try:
                 return (await self.stream_context.publish(subject, body, timeout=3.0, headers=headers)).seq
             except js_errors.APIError as error:
-                if error.err_code in _FULL:
+                if error.err_code in provision.FULL:
                     raise StorageFull(f"the bus has no room for {subject}: {error.description}", delay=5.0) from None
                 if not isinstance(error, AWAY):
                     raise PermanentError(f"the bus refuses a message on {subject}: {error.description}") from None
@@ -283,11 +319,18 @@ class Bus:
             await asyncio.sleep(0.5)
             return None
 
+    async def newest(self, stream: str, subject: str, **how: Any) -> Stored:
+        """The newest message of a subject that the server has acknowledged, to whomever. Raises the library's errors.
+
+        Other than `read`, where a message that is not seen yet is seen a moment later, this must not miss one.
+        """
+        return stored(await self.stream_context.get_msg(stream, subject=subject, direct=self.consistent, **how))
+
     async def last_place(self, channel: Channel[Any], **parts: str) -> int:
         """Place of the newest message of a channel; 0 if there is none. Raise `TemporaryError`."""
         subject = channel.subject(**parts) if parts else channel.pattern
         try:
-            return (await self.stream_context.get_msg(channel.stream.name, subject=subject, direct=True)).seq or 0
+            return (await self.newest(channel.stream.name, subject)).seq
         except js_errors.NotFoundError:
             return 0
         except (*AWAY, *CLOSED, js_errors.APIError) as error:
@@ -372,7 +415,7 @@ class Bus:
         """The same as it is stored, for `open`. Raise `TemporaryError` if the bus does not answer."""
         subject = topology.ANSWERS.subject(request=request)
         try:
-            return stored(await self.stream_context.get_msg(topology.RESULTS.name, subject=subject, direct=True))
+            return await self.newest(topology.RESULTS.name, subject)
         except js_errors.NotFoundError:
             return None
         except (*AWAY, *CLOSED, js_errors.APIError) as error:
@@ -447,34 +490,6 @@ class Bus:
         """The key-value bucket as a typed table."""
         return Table(self, bucket)
 
-    async def _ensure(self) -> None:
-        for stream in topology.STREAMS:
-            await self._ensure_stream(_stream_config(stream))
-        for bucket in topology.BUCKETS:
-            await self._ensure_stream(_bucket_config(bucket))
-
-    async def _ensure_stream(self, config: api.StreamConfig) -> None:
-        give_up = asyncio.get_running_loop().time() + PUBLISH_PATIENCE
-        while True:
-            try:
-                await self.stream_context.add_stream(config)
-                return
-            except js_errors.BadRequestError:
-                # It is there with other settings, from an older version: bring it up to date.
-                await self.stream_context.update_stream(config)
-                return
-            except js_errors.APIError as error:
-                if error.err_code not in _FULL:
-                    raise
-                raise UserError(
-                    f"the nats-server has no room for stream {config.name}: the mesh's streams may hold up to "
-                    f"{topology.MOST_BYTES / 2**30:.1f} GiB together; raise its max_file_store, or free disk"
-                ) from None
-            except AWAY as error:
-                if asyncio.get_running_loop().time() > give_up:
-                    raise UserError(f"JetStream does not answer ({error}): start nats-server with -js") from None
-                await asyncio.sleep(0.2)
-
 
 def checked(result: Result) -> Result:
     """The result itself. Raise `UserError` or `PermanentError` if it says that the request failed."""
@@ -484,37 +499,12 @@ def checked(result: Result) -> Result:
     return result
 
 
+def _no_connection(url: str, error: Exception | None) -> str:
+    where = re.sub(r"//[^@,/]*@", "//", url)  # a password is nobody's business
+    if isinstance(error, AuthorizationError) or "authorization" in str(error).lower():
+        return f"the nats-server at {where} does not let us in: check nats_user and nats_password, or nats_credentials"
+    return f"no nats-server answers at {where} within {CONNECT_PATIENCE:g} s: start one, or set nats_url"
+
+
 async def _log_error(error: Exception) -> None:
     log.warning("connection to the bus: %s", error or type(error).__name__)
-
-
-def _stream_config(stream: Stream) -> api.StreamConfig:
-    return api.StreamConfig(
-        name=stream.name,
-        subjects=list(stream.subjects),
-        retention=api.RetentionPolicy(stream.kept.value),
-        max_age=stream.max_age,
-        max_bytes=stream.max_bytes,
-        discard=api.DiscardPolicy.OLD if stream.drops_oldest else api.DiscardPolicy.NEW,
-        duplicate_window=stream.duplicate_window,
-        storage=api.StorageType.FILE,
-        allow_direct=True,
-        republish=api.RePublish(*stream.notices, headers_only=True) if stream.notices else None,
-    )
-
-
-def _bucket_config(bucket: Bucket[Any]) -> api.StreamConfig:
-    """A KV bucket as NATS defines it (its ADR-8), with a history of one."""
-    return api.StreamConfig(
-        name=f"KV_{bucket.name}",
-        subjects=[f"$KV.{bucket.name}.>"],
-        retention=api.RetentionPolicy.LIMITS,
-        max_age=bucket.ttl,
-        max_msgs_per_subject=1,
-        discard=api.DiscardPolicy.NEW,
-        duplicate_window=min(bucket.ttl, 120.0) if bucket.ttl else 120.0,
-        storage=api.StorageType.FILE,
-        allow_direct=True,
-        allow_rollup_hdrs=True,
-        deny_delete=True,
-    )

@@ -1,7 +1,8 @@
 """Configuration of a service: a struct, filled from a TOML file and the environment, at `__main__` only.
 
-`OPENRL_<SERVICE>_<FIELD>` in the environment goes before the file. Unknown keys in either are errors, since they are
-most likely misspelt ones.
+`OPENRL_<SERVICE>_<FIELD>` in the environment goes before `OPENRL_MESH_<FIELD>`, which sets what every service has for
+all services at once, and that before the file. Unknown keys in any of them are errors, since they are most likely
+misspelt ones.
 """
 
 from __future__ import annotations
@@ -10,18 +11,29 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from shared.errors import UserError
+
+MESH = "OPENRL_MESH_"
 
 
 class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What every service is told."""
 
     nats_url: str = "nats://127.0.0.1:4222"
-    """Where the bus is."""
+    """Where the bus is; several servers with commas between. `tls://` asks for encryption."""
+    nats_user: str = ""
+    nats_password: str = ""
+    """Empty: the bus asks for none."""
+    nats_credentials: str = ""
+    """File with a JWT and its seed, where the bus has accounts."""
+    nats_ca: str = ""
+    """File with the certificates that the bus's own is checked by. Empty: those of the operating system."""
+    stream_replicas: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
+    """Servers of a cluster that keep each stream and bucket. Never lowers what is there."""
     blob_url: str = ".openrl/blobs"
     """Directory or bucket URL of the blob store."""
     replica: str = ""
@@ -58,14 +70,18 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 
 def _from_environment(kind: type[ConfigT], service: str, environ: Mapping[str, str]) -> dict[str, Any]:
-    prefix = f"OPENRL_{service.upper()}_"
+    common = _prefixed(MESH, "every service", ServiceConfig, environ)
+    return common | _prefixed(f"OPENRL_{service.upper()}_", service, kind, environ)
+
+
+def _prefixed(prefix: str, who: str, kind: type[ServiceConfig], environ: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, text in environ.items():
         if not key.startswith(prefix):
             continue
         name = key.removeprefix(prefix).lower()
         if name not in _fields(kind):
-            raise UserError(f"environment variable {key} is unknown: {service} has {', '.join(_fields(kind))}")
+            raise UserError(f"environment variable {key} is unknown: {who} has {', '.join(_fields(kind))}")
         values[name] = _parsed(text)
     return values
 
@@ -77,5 +93,5 @@ def _parsed(text: str) -> Any:
     return text
 
 
-def _fields(kind: type[ConfigT]) -> tuple[str, ...]:
+def _fields(kind: type[ServiceConfig]) -> tuple[str, ...]:
     return kind.__struct_fields__

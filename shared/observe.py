@@ -148,13 +148,15 @@ def _new_span() -> trace.Span:
 
 
 class Telemetry:
-    """Metrics and health of one service, at `/metrics` and `/healthz`."""
+    """Metrics and health of one service: `/metrics`, `/healthz` (can it work?), `/livez` (would a restart help?)."""
 
     def __init__(self, service: str, replica: str) -> None:
         self.registry = Registry()
         """A registry of its own, so that several services fit into one process."""
         self.healthy: Callable[[], str | None] = lambda: "starting"
-        """Says what is wrong; None: nothing."""
+        """Says what is wrong; None: nothing. A bus that is away is wrong."""
+        self.alive: Callable[[], str | None] = lambda: None
+        """Says what only a new process would mend. A bus that is away is not that: all services would be restarted."""
         self._names = {"service": service, "replica": replica}
         self._runner: web.AppRunner | None = None
         ProcessCollector(registry=self.registry)
@@ -166,6 +168,7 @@ class Telemetry:
         app = web.Application()
         app.router.add_get("/metrics", make_aiohttp_handler(self.registry))
         app.router.add_get("/healthz", self._health)
+        app.router.add_get("/livez", self._life)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         try:
@@ -182,6 +185,11 @@ class Telemetry:
             self._runner = None
 
     async def _health(self, _: web.Request) -> web.Response:
-        problem = self.healthy()
+        return self._verdict(self.healthy())
+
+    async def _life(self, _: web.Request) -> web.Response:
+        return self._verdict(self.alive())
+
+    def _verdict(self, problem: str | None) -> web.Response:
         body = {**self._names, "status": problem or "ok"}
         return web.json_response(body, status=503 if problem else 200)

@@ -23,7 +23,7 @@ from typing import TypeVar
 from shared import config as configuration
 from shared import observe, topology
 from shared.blobs import BlobStore
-from shared.bus import Bus
+from shared.bus import Bus, Login
 from shared.config import ServiceConfig
 from shared.contracts.replicas import ReplicaRecord
 from shared.errors import MeshError, UserError
@@ -76,7 +76,9 @@ async def running(service: str, config: ConfigT, build: Build[ConfigT]) -> Async
     port = await telemetry.serve(config.host, config.metrics_port)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(telemetry.close)
-        bus = await Bus.connect(config.nats_url, blobs, name=replica)
+        login = Login(config.nats_user, config.nats_password, config.nats_credentials, config.nats_ca)
+        bus = await Bus.connect(config.nats_url, blobs, name=replica, replicas=config.stream_replicas, login=login)
+        telemetry.alive = lambda: None if bus.usable else "the connection to the bus is closed for good"
         stack.push_async_callback(bus.close)
         tasks = Tasks(replica)
         stack.push_async_callback(tasks.stop)

@@ -242,7 +242,7 @@ class Table(Generic[T]):
         give_up = asyncio.get_running_loop().time() + _PATIENCE
         while True:
             try:
-                return stored(await self._bus.stream_context.get_msg(self._stream, subject=subject, direct=True, **how))
+                return await self._bus.newest(self._stream, subject, **how)
             except AWAY:
                 if asyncio.get_running_loop().time() > give_up:
                     raise TemporaryError(f"the bus does not answer for {subject}") from None

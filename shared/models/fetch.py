@@ -45,14 +45,17 @@ def main() -> None:
     parser.add_argument("--hub", help="id on the hub, such as org/model")
     arguments = parser.parse_args()
     try:
-        fetch(arguments.name, arguments.directory, arguments.hub)
+        fetch(arguments.name, arguments.directory, arguments.hub or None)
     except UserError as error:
         log.error("error: %s", error)
         sys.exit(2)
 
 
 def fetch(name: str, directory: Path, hub_id: str | None) -> None:
-    """Fetch a model. Raise `UserError` if it cannot be had, or is not what it should be."""
+    """Fetch a model, unless it is there. Raise `UserError` if it cannot be had, or is not what it should be."""
+    if _is_there(directory):
+        log.info("the model is in %s already", directory)
+        return
     if hub_id is None and name != DEMO_MODEL:
         raise UserError(f"model {name!r} is not known: give its id on the hub")
     if hub_id is not None:
@@ -158,10 +161,16 @@ def into(directory: Path, fill: Callable[[Path], None], *, chatml: bool) -> None
         _share(part)
         part.replace(directory)
     except OSError as error:
+        if _is_there(directory):  # somebody else was faster: pods of a pool start together
+            return
         raise UserError(f"{directory} cannot be written: {error}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     log.info("the model is in %s", directory)
+
+
+def _is_there(directory: Path) -> bool:
+    return (directory / "config.json").is_file()  # the whole directory gets its name at once
 
 
 def _share(directory: Path) -> None:

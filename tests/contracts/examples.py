@@ -43,7 +43,15 @@ from shared.contracts.jobs import (
     Submission,
     SubmitJob,
 )
-from shared.contracts.placement import ScalingDecided
+from shared.contracts.placement import (
+    GpuRecord,
+    GroupStanding,
+    NodeRecord,
+    PlacementRecord,
+    PlanRecord,
+    ReplicaPlan,
+    ScalingDecided,
+)
 from shared.contracts.policies import LoraSpec, PolicyPublished, PolicyRecord, PolicyRef
 from shared.contracts.replicas import ReplicaRecord
 from shared.contracts.results import DeadLetter, DeliveryMark, RequestFailed
@@ -411,5 +419,38 @@ RECORDS: dict[str, tuple[topology.Bucket[Any], Any]] = {
         ),
     ),
     "alias": (topology.ALIASES, "org/model"),
+    "placement": (
+        topology.PLACEMENTS,
+        PlacementRecord(
+            replica="samplers-0", group="samplers", role="sampler", base_model="org/model", gpus=["node/0"],
+            memory_gib=8.5, milli=250, since=100.5, types=["H100"], replaces="samplers-1", draining=True, pinned=True,
+        ),
+    ),
+    "node": (
+        topology.NODES,
+        NodeRecord(
+            node="node", gpus=[GpuRecord(name="node/0", index="0", memory_gib=80.0, type="H100")], cordoned=True
+        ),
+    ),
+    "plan": (
+        topology.PLANS,
+        PlanRecord(
+            at=100.5,
+            groups=[
+                GroupStanding(
+                    group="samplers", role="sampler", base_model="org/model", have=1, wanted=2, reason="why",
+                    load={"queued": 3.0},
+                )
+            ],
+            replicas=[
+                ReplicaPlan(
+                    replica="samplers-1", group="samplers", gpus=["node/0"], memory_gib=8.5, milli=250, state="start",
+                    reason="why",
+                )
+            ],
+            unmet=["why not"], gpus=[GpuRecord(name="node/0", index="0", memory_gib=80.0, type="H100")], gpus_used=1,
+            frozen="no", dry_run=True,
+        ),
+    ),
 }  # fmt: skip
 """By file name: the bucket, and its value."""

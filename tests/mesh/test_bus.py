@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 from pathlib import Path
 
+import aiohttp
 import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
+from services.coordinator.config import CoordinatorConfig
+from services.coordinator.service import CoordinatorService
 from services.local.nats_server import NatsServer
 from shared import topology
 from shared.blobs import BlobStore
@@ -20,6 +23,7 @@ from shared.contracts.results import DeadLetter
 from shared.contracts.sampling import SampledSequence, SampleRequest, SampleResult
 from shared.contracts.training import Lease
 from shared.errors import PermanentError, TemporaryError, UserError
+from shared.process import running
 from shared.worker import Worker, WorkerMetrics
 
 
@@ -248,6 +252,27 @@ async def test_a_restarted_server_loses_nothing_and_wakes_its_readers(tmp_path: 
     assert [delivery.message.job for delivery in await reading] == ["before", "after"]
     await bus.close()
     await server.stop()
+
+
+async def test_a_service_without_its_bus_cannot_work_but_is_alive(tmp_path: Path) -> None:
+    server = await NatsServer.start(tmp_path / "nats")
+    settings = {"nats_url": server.url, "blob_url": str(tmp_path / "blobs"), "metrics_port": 0, "drain_seconds": 0.1}
+    config = CoordinatorConfig(**settings, metrics_dir=str(tmp_path))  # type: ignore[arg-type]
+    async with running("coordinator", config, CoordinatorService) as (_, node), aiohttp.ClientSession() as http:
+        (replica,) = await node.bus.table(topology.REPLICAS).items()
+
+        async def status(path: str) -> int:
+            async with http.get(f"http://127.0.0.1:{replica.value.metrics_port}/{path}") as answer:
+                return answer.status
+
+        assert (await status("healthz"), await status("livez")) == (200, 200)
+        await server.stop()
+        async with asyncio.timeout(10):
+            while await status("healthz") == 200:
+                await asyncio.sleep(0.02)
+        assert (await status("healthz"), await status("livez")) == (503, 200)
+        await node.bus.client.close()  # what the library does when a server refuses to let us in again
+        assert await status("livez") == 503
 
 
 async def test_connecting_to_nothing_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,6 +192,22 @@ def test_files_appear_all_at_once_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_is_there_is_not_fetched_again(tmp_path: Path) -> None:
+    directory = model_directory(tmp_path / "model")
+    fetch.fetch("anything", directory, None)  # unknown, so it would be refused if it had to be had
+    assert (directory / "config.json").read_text() == "{}"
+
+
+def test_of_two_who_fetch_the_same_model_the_slower_one_is_content(tmp_path: Path) -> None:
+    def overtaken(part: Path) -> None:
+        (part / "config.json").write_text("second")
+        model_directory(tmp_path / "model")
+
+    fetch.into(tmp_path / "model", overtaken, chatml=False)
+    assert (tmp_path / "model" / "config.json").read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_fetched_files_can_be_read_by_others(tmp_path: Path) -> None:
     def fill(part: Path) -> None:
         (part / "weights").touch(mode=0o600)

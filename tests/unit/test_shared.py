@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_empty_and_endless_names_are_refused(name: str) -> None:
 
 def test_every_subject_belongs_to_exactly_its_stream() -> None:
     for channel in topology.CHANNELS:
-        parts = dict.fromkeys(("run", "pool", "environment", "reward", "job", "request", "stream", "owner"), "x")
+        parts = dict.fromkeys(re.findall(r"\{(\w+)\}", channel.template), "x")
         owners = [
             stream for stream in topology.STREAMS for pattern in stream.subjects if matches(pattern, channel, parts)
         ]
@@ -86,6 +87,20 @@ def test_configuration_errors_name_the_key(tmp_path: Path, text: str, environ: d
     file.write_text(text)
     with pytest.raises(UserError, match=complaint):
         config.load(ExampleConfig, "example", file, environ)
+
+
+def test_what_every_service_has_is_set_for_all_at_once_and_for_one_before_that(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('log_level = "DEBUG"\ndrain_seconds = 1.0\nreplica = "one"\n')
+    environ = {
+        "OPENRL_MESH_LOG_LEVEL": "WARNING",
+        "OPENRL_MESH_DRAIN_SECONDS": "2",
+        "OPENRL_EXAMPLE_DRAIN_SECONDS": "3",
+    }
+    loaded = config.load(ExampleConfig, "example", file, environ)
+    assert (loaded.replica, loaded.log_level, loaded.drain_seconds) == ("one", "WARNING", 3.0)
+    with pytest.raises(UserError, match="OPENRL_MESH_SIZE is unknown: every service has nats_url"):
+        config.load(ExampleConfig, "example", None, {"OPENRL_MESH_SIZE": "7"})
 
 
 def test_a_missing_configuration_file_is_named(tmp_path: Path) -> None:
