@@ -80,6 +80,19 @@ async def test_what_was_saved_is_sampled_and_trained_on_as_it_was(place: Place, 
         await asyncio.to_thread(script)
 
 
+async def test_a_client_may_wait_for_all_its_samples_with_one_poll(place: Place, bus: Bus) -> None:
+    await add_key(bus)
+    async with place.sampler(), place.gateway(poll_for_many=True) as gateway, sdk(gateway.port) as service:
+
+        def script() -> None:
+            sampler = service.create_sampling_client(base_model=MODEL).result()
+            prompt, params = types.ModelInput.from_ints(TOKENS), types.SamplingParams(max_tokens=2, stop=[])
+            results = [future.result() for future in [sampler.sample(prompt, 1, params) for _ in range(20)]]
+            assert len({result.sequences[0].sequence_id for result in results}) == 20
+
+        await asyncio.to_thread(script)
+
+
 async def test_samplers_in_flight_follow_their_run(place: Place, bus: Bus) -> None:
     await add_key(bus)
     async with place.trainer(), place.sampler(), place.gateway() as gateway, sdk(gateway.port) as service:
