@@ -430,13 +430,17 @@ class Bus:
         async def on_message(message: Msg) -> None:
             heard(Stored(message.subject, 0, message.data, message.headers or {}))
 
-        subscription = await self.client.subscribe(f"{topology.ANSWERS.subject(request=asker)}.>", cb=on_message)
+        subscription = await self.client.subscribe(topology.answers_of(asker), cb=on_message)
 
         async def end() -> None:
             with contextlib.suppress(NatsError):
                 await subscription.unsubscribe()
 
         return end
+
+    def read_answers(self, asker: str, *, after: int = 0) -> AsyncIterator[Stored]:
+        """The answers to requests `asker.…` behind place `after`, and then each new one, for ever."""
+        return self.read(topology.RESULTS.name, topology.answers_of(asker), after=after)
 
     @property
     def interruptions(self) -> int:

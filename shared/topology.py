@@ -199,6 +199,11 @@ CHANNELS: tuple[Channel[Any], ...] = (
 )  # fmt: skip
 
 
+def answers_of(asker: str) -> str:
+    """The subject of all answers to requests `asker.…`."""
+    return f"{ANSWERS.subject(request=asker)}.>"
+
+
 ABANDONED = "rl.v1.abandoned"
 """Below it, a request that its asker has given up. On no stream: who does not hear of it works in vain, no more."""
 

@@ -180,6 +180,35 @@ async def test_copies_of_a_client_get_numbers_of_their_own(place: Place, bus: Bu
         assert sorted(answer.json()["client_counter"] for answer in answers) == list(range(1, 9))
 
 
+async def test_one_poll_tells_which_samples_are_done(place: Place, bus: Bus) -> None:
+    await add_key(bus)
+    async with (
+        place.gateway() as one,
+        place.gateway(replica="gateway-2") as two,
+        http(one.port) as here,
+        http(two.port) as there,
+    ):
+        asker = await Asker.connect(here, bus)
+        requests = [await asker.request(seq) for seq in (0, 1, 10**9)]
+        target = {"sampling_session_id": asker.sampler}
+        waiting = asyncio.create_task(here.post("retrieve_futures", json={"target": target}))
+        await asyncio.sleep(0.1)
+        await bus.answer(sampled(requests[0], [7]))
+        first = (await waiting).json()
+        assert [done["request_id"] for done in first["completions"]] == [requests[0]]
+        assert first["completions"][0]["state"] == "finished"
+        await bus.answer(sampled(requests[2], [9]))
+        await bus.answer(RequestFailed(request_id=requests[1], failure=Failure(message="no", kind="user")))
+        body = {"target": target, "prev_cursor": first["cursor"], "timeout": 0.2}
+        async with asyncio.timeout(30):
+            while not (second := (await there.post("retrieve_futures", json=body)).json())["completions"]:
+                pass
+        assert second["completions"] == [{"state": "failed", "request_id": requests[1]}]
+        clone = {"target": {**target, "cloned_sampler_id": 1}, "timeout": 0.2}
+        copies = (await there.post("retrieve_futures", json=clone)).json()["completions"]
+        assert [done["request_id"] for done in copies] == [requests[2]]
+
+
 async def test_a_sample_that_is_given_up_is_told_to_samplers(place: Place, bus: Bus) -> None:
     await add_key(bus)
     heard: list[str] = []

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Annotated, Literal
+
+import msgspec
 
 from services.gateway import ids, results
 from services.gateway.context import NOTHING, Answer, Call, Endpoint, Gateway
 from services.gateway.errors import Gone
 from services.gateway.ids import Owned
 from shared import topology
-from shared.bus import BLOB_HEADER, CLAIM_CHECK_BYTES
+from shared.bus import BLOB_HEADER, CLAIM_CHECK_BYTES, REQUEST_HEADER
 from shared.contracts.base import Strict
 from shared.contracts.blobs import BlobRef
+from shared.contracts.results import RequestFailed
 from shared.errors import UserError
 from shared.tables import Stored
 from shared.wire import decode
@@ -20,11 +26,36 @@ LARGE_RESULT = 64 * 1024
 """Results of more bytes are translated in a thread, so that nobody waits for them."""
 
 
+AT_ONCE = 0.02
+"""Seconds within which an answer must follow the one before to be told together with it."""
+MOST_COMPLETIONS = 512
+CLONE_SEQS = 1_000_000_000
+"""Each copy of a client numbers its requests from its own number times this."""
+
+
 class RetrieveFuture(Strict):
     """Waits for a result."""
 
     request_id: str
     allow_metadata_only: bool = False
+
+
+class SamplerTarget(Strict):
+    """One client of a sampler, among its copies."""
+
+    sampling_session_id: str
+    cloned_sampler_id: int = 0
+    type: Literal["sampling_session"] = "sampling_session"
+
+
+class RetrieveFutures(Strict):
+    """Waits for any sample of a sampler."""
+
+    target: SamplerTarget
+    prev_cursor: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+    timeout: float | None = None
+    retrieved_request_ids: list[str] = []
+    """Their results could be deleted now; they are kept for an hour all the same."""
 
 
 class CancelFuture(Strict):
@@ -47,6 +78,48 @@ async def retrieve(gateway: Gateway, call: Call) -> Answer | dict[str, object]:
     if size_of(found) > LARGE_RESULT:
         return await asyncio.to_thread(results.answer, result)
     return results.answer(result)
+
+
+async def retrieve_many(gateway: Gateway, call: Call) -> dict[str, object]:
+    """Which samples of a sampler have been answered since the last time; held for a while if none has.
+
+    The cursor is a place in the stream of results, so any gateway goes on where another one was.
+    """
+    asked: RetrieveFutures = call.body
+    sampler, clone = asked.target.sampling_session_id, asked.target.cloned_sampler_id
+    await gateway.records.sampler(call.caller, sampler)
+    longest = gateway.config.poll_seconds
+    seconds = longest if asked.timeout is None else min(max(asked.timeout, 0.0), longest)
+    cursor, completions = asked.prev_cursor, list[dict[str, object]]()
+    async for result in _answered(gateway, sampler, cursor, seconds):
+        cursor = result.seq
+        request = result.headers.get(REQUEST_HEADER, "")
+        if ids.parse_request(request).seq // CLONE_SEQS != clone:
+            continue
+        gateway.in_flight.remove(request)
+        opened, _ = await gateway.bus.open(topology.ANSWERS, result.body, result.headers)
+        if isinstance(opened, RequestFailed):
+            completions.append({"state": "failed", "request_id": request})
+        else:
+            size = size_of(result)
+            done = {"state": "finished", "request_id": request, "response_payload_uncompressed_size": size}
+            completions.append(done)
+    return {"completions": completions, "cursor": cursor}
+
+
+async def _answered(gateway: Gateway, sampler: str, after: int, seconds: float) -> AsyncIterator[Stored]:
+    """The answers behind a place: the first within so many seconds, and what follows it at once."""
+    owned = ids.parse_sampler(sampler)
+    reading = gateway.bus.read_answers(f"{owned.session}.{owned.kind}-{owned.number}", after=after)
+    patience = max(seconds, AT_ONCE)
+    async with contextlib.aclosing(reading):  # type: ignore[type-var]  # a generator, though the bus does not say so
+        for _ in range(MOST_COMPLETIONS):
+            try:
+                async with asyncio.timeout(patience):
+                    yield await anext(reading)
+            except TimeoutError:
+                return
+            patience = AT_ONCE
 
 
 async def cancel(gateway: Gateway, call: Call) -> Answer:
@@ -100,6 +173,7 @@ async def _is_over(gateway: Gateway, model: str, request: str) -> bool:
 
 ENDPOINTS = (
     Endpoint("POST", "retrieve_future", retrieve, body=RetrieveFuture),
+    Endpoint("POST", "retrieve_futures", retrieve_many, body=RetrieveFutures),
     Endpoint("POST", "cancel_future", cancel, body=CancelFuture),
     Endpoint("POST", "create_custom_loss", custom_loss, body=bytes),
 )
