@@ -96,6 +96,16 @@ class BlobStore:
             raise PermanentError(f"blob {ref.key!r} in {self.url} is not what was written: its checksum differs")
         return content
 
+    async def copy(self, ref: BlobRef, key: str) -> BlobRef:
+        """Write a blob again under another key, without reading it here. Raise as `get` and `put` do."""
+        try:
+            await asyncio.to_thread(obstore.copy, self._store, ref.key, key)
+        except FileNotFoundError:
+            raise PermanentError(f"blob {ref.key!r} is missing from {self.url}") from None
+        except (BaseError, OSError) as error:
+            raise _storage_error(f"blob {ref.key!r} cannot be copied in {self.url}", error) from None
+        return BlobRef(key=key, sha256=ref.sha256, size=ref.size)
+
     def _read(self, key: str) -> bytes:
         return bytes(obstore.get(self._store, key).bytes())
 

@@ -123,13 +123,17 @@ class Table(Generic[T]):
         except js_errors.NotFoundError:
             return False
 
-    async def items(self) -> list[Entry[T]]:
-        """All entries, in the order in which they were last written. What cannot be decoded is logged and left out."""
+    async def items(self, within: Key = ()) -> list[Entry[T]]:
+        """All entries, or those whose keys begin with the names in `within`, in the order of their last writing.
+
+        What cannot be decoded is logged and left out.
+        """
+        subject = self._prefix + "".join(f"{token(part)}." for part in _key(within)) + ">"
         found: list[Entry[T]] = []
         place = 0
         while True:
             try:
-                item = await self._read(f"{self._prefix}>", seq=place + 1, next=True)
+                item = await self._read(subject, seq=place + 1, next=True)
             except js_errors.NotFoundError:
                 return found
             place = item.seq
@@ -159,6 +163,16 @@ class Table(Generic[T]):
     async def delete(self, key: Key) -> None:
         """Remove an entry, if there is one."""
         await self._publish(self._subject(key), b"", {_OPERATION: "DEL"})
+
+    async def delete_if(self, key: Key, revision: int) -> bool:
+        """Remove an entry if it still has `revision`. False: somebody else was faster, or it is gone."""
+        try:
+            await self._publish(self._subject(key), b"", {_OPERATION: "DEL", _EXPECTED: str(revision)})
+        except js_errors.APIError as error:
+            if error.err_code in _WRONG_REVISION:
+                return False
+            raise
+        return True
 
     async def changes(self, *, after: int = 0) -> AsyncIterator[Change[T]]:
         """Every present entry behind revision `after`, oldest first, and then every change, for ever.

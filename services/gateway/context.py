@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 from urllib.parse import parse_qsl
@@ -46,6 +46,13 @@ class Gateway:
     runs: Mirror[RunRecord]
     checkpoints: Mirror[CheckpointRecord]
     inflight_policies: Mirror[PolicyRef]
+    activity: dict[str, float] = field(default_factory=dict)
+    """When it was last written down that a run was used."""
+
+    @property
+    def closing(self) -> bool:
+        """Whether this gateway is being stopped."""
+        return self.hub.closed
 
     def limits_of(self, tenant: str) -> TenantLimits:
         """What a tenant may have at the same time: its record's limits, and the configuration's where it has none."""

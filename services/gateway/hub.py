@@ -61,7 +61,8 @@ class Hub:
         self._waiting: dict[str, list[asyncio.Future[Stored | None]]] = {}
         self._kept: OrderedDict[str, Stored] = OrderedDict()
         self._kept_bytes = 0
-        self._closed = False
+        self.closed = False
+        """Once the gateway stops."""
 
     @property
     def waiting(self) -> int:
@@ -105,7 +106,7 @@ class Hub:
 
     async def close(self) -> None:
         """End all waiting: whoever polls is told to try again, elsewhere or later."""
-        self._closed = True
+        self.closed = True
         self._look()
         for session in list(self._sessions):
             await self._drop(session)
@@ -119,7 +120,7 @@ class Hub:
             if (found := await self._look_up(request)) is not None:
                 return found
             patience = min(LOOK_AGAIN, seconds)
-        while not self._closed:
+        while not self.closed:
             found = await self._woken(request, patience) or await self._look_up(request)
             patience = give_up - time.monotonic()
             if found is not None or patience <= 0:
@@ -141,7 +142,7 @@ class Hub:
                 del self._waiting[request]
 
     async def _look_up(self, request: str) -> Stored | None:
-        if self._closed:
+        if self.closed:
             return None
         found = await self._bus.stored_answer(request)
         if found is not None:

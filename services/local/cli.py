@@ -18,9 +18,10 @@ import typer
 
 from services.local import doctor as doctor_checks
 from services.local import job_commands, logs, models, status
-from services.local.config import DEFAULT_PORT, mesh_commands
+from services.local.config import DEFAULT_PORT, GATEWAY_PORT, mesh_commands
 from services.local.demo import SPEC, Demo, ensure_model, run_demo
 from services.local.job_commands import Data, Json, paths_of, showing
+from services.local.key_commands import key_app
 from services.local.lifecycle import run_detached, run_up, take_down, told_and_logged, until_signal
 from services.local.machine import check_device
 from services.local.printing import as_json, table
@@ -39,8 +40,13 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="The models that the mesh can serve.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+app.add_typer(key_app, name="key")
 
 Port = Annotated[int, typer.Option("--port", help="Where the bus listens on 127.0.0.1. 0: any free port.")]
+GatewayPort = Annotated[
+    int | None,
+    typer.Option("--gateway-port", min=0, help=f"Where clients connect. 0: any free port. Default: {GATEWAY_PORT}."),
+]
 Models = Annotated[
     list[str] | None, typer.Option("--model", help="A registered model to serve; may be given again. Default: all.")
 ]
@@ -83,18 +89,22 @@ def up(
     data: Data = Path(".openrl"),
     model: Models = None,
     port: Port = DEFAULT_PORT,
+    gateway_port: GatewayPort = None,
     device: Device = "auto",
     detach: Detach = False,
 ) -> None:
     """Start the whole mesh and keep it running until Ctrl-C or `openrl down`. Unfinished jobs go on."""
     paths = paths_of(data)
     check_device(device)
-    commands = mesh_commands(paths, models.chosen(paths, model or []), device=device)
+    if gateway_port is None:
+        gateway_port = GATEWAY_PORT if port else 0  # whoever leaves the bus's port open has several meshes
+    commands = mesh_commands(paths, models.chosen(paths, model or []), device=device, gateway_port=gateway_port)
     if not detach:
         run_up(paths, commands, port=port, echo=typer.echo)
         return
     named = [argument for name in model or [] for argument in ("--model", name)]
     own = [sys.executable, "-m", "services.local", "up", "--data", str(paths.root), "--port", str(port)]
+    own += ["--gateway-port", str(gateway_port)]
     sys.exit(run_detached(paths, [*own, "--device", device, *named], echo=typer.echo))
 
 

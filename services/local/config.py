@@ -13,6 +13,8 @@ from shared.errors import UserError
 
 DEFAULT_PORT = 4222
 """Where NATS clients look when they are told nothing, so programs that publish jobs need no setting."""
+GATEWAY_PORT = 8470
+"""Where clients find the gateway unless it is told otherwise."""
 MAX_SLUG = 48
 
 Setting = str | int | float | bool | Mapping[str, str]
@@ -71,6 +73,16 @@ class Paths:
         return self.root / "blobs"
 
     @property
+    def api_key(self) -> Path:
+        """The API key of this machine's single user."""
+        return self.root / "api_key"
+
+    @property
+    def gateway_secret(self) -> Path:
+        """What the gateway signs tokens and links with."""
+        return self.root / "gateway_secret"
+
+    @property
     def nats(self) -> Path:
         """The nats-server's configuration, log and store."""
         return self.root / "nats"
@@ -108,14 +120,22 @@ class ServiceCommand:
     """Settings of its own; those that every service has are added by the supervisor."""
 
 
-def mesh_commands(paths: Paths, models: Mapping[str, Path], *, device: str = "auto") -> list[ServiceCommand]:
-    """The services of a mesh for these models, in the order in which they are shown."""
+def mesh_commands(
+    paths: Paths, models: Mapping[str, Path], *, device: str = "auto", gateway_port: int | None = None
+) -> list[ServiceCommand]:
+    """The services of a mesh for these models, in the order in which they are shown.
+
+    `gateway_port` is where clients connect, 0 a free one. None: there is no gateway.
+    """
     directories = {name: str(directory) for name, directory in models.items()}
     commands = [
         service_command("coordinator", config={"metrics_dir": str(paths.metrics)}),
         service_command("environment", config={"models": directories}),
         service_command("reward"),
     ]
+    if gateway_port is not None:
+        settings: dict[str, Setting] = {"port": gateway_port, "secret_file": str(paths.gateway_secret)}
+        commands.append(service_command("gateway", config=settings))
     for (name, directory), slug in zip(directories.items(), slugs(directories), strict=True):
         own = {"base_model": name, "model_dir": directory, "device": device}
         commands.append(service_command("sampler", f"sampler-{slug}", own))

@@ -14,10 +14,12 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from services.local import keys
 from services.local.config import Paths, ServiceCommand
 from services.local.orphans import end_orphans
 from services.local.state import held_lock, lock_holder, read_state, running_state
 from services.local.supervisor import Supervisor, Tell
+from shared.bus import Bus
 from shared.errors import PermanentError
 from shared.observe import JsonFormatter
 
@@ -35,9 +37,19 @@ def run_up(paths: Paths, commands: Sequence[ServiceCommand], *, port: int, echo:
     """Run the mesh until SIGTERM or Ctrl-C. Raise as `Supervisor.running`."""
     paths.make()
     tell = told_and_logged(paths, echo)
+    with_gateway = any(command.service == "gateway" for command in commands)
+    if with_gateway:
+        keys.ensure_secret(paths)
+
+    async def invite(bus: Bus) -> None:
+        key, url = await keys.ensure_default(bus, paths), await keys.gateway_url(bus)
+        if url is not None:
+            tell("clients reach the gateway with")
+            for line in keys.client_lines(url, key):
+                echo(line)  # a key does not belong into a log
 
     async def stay() -> None:
-        supervisor = Supervisor(paths, commands, port=port, tell=tell)
+        supervisor = Supervisor(paths, commands, port=port, tell=tell, prepare=invite if with_gateway else None)
         async with supervisor.running():
             tell(f"the mesh is ready on {paths.root} at {supervisor.nats_url}; Ctrl-C or `openrl down` ends it")
             await supervisor.wait()
@@ -96,6 +108,7 @@ def run_detached(paths: Paths, argv: Sequence[str], *, echo: Tell) -> int:
     while process.poll() is None:
         printed.more()
         if (state := running_state(paths)) and state.pid == process.pid and state.phase == "ready":
+            printed.more()
             process.returncode = 0  # it stays; nobody waits for it any more
             output_path.replace(paths.detached)
             return 0

@@ -9,6 +9,7 @@ from typing import Any
 from services.local.client import connected, jobs
 from services.local.config import Paths
 from services.local.health import replicas
+from services.local.keys import url_of
 from services.local.machine import readable, tree_size
 from services.local.printing import duration, job_summary, shortened, table
 from services.local.state import MeshState, ServiceState, running_state
@@ -27,10 +28,12 @@ async def status(paths: Paths) -> dict[str, Any]:
     if state is None:
         return answer
     living, records, problem = await _asked(paths, state)
+    gateway = next((url for record in living.values() if (url := url_of(record)) is not None), None)
     return answer | {
         "pid": state.pid,
         "phase": state.phase,
         "nats_url": state.nats_url,
+        "gateway_url": gateway,
         "uptime_s": round(time.time() - state.started, 1),
         "services": [_service(service, living.get(service.name)) for service in state.services],
         "jobs": records,
@@ -51,7 +54,7 @@ def text(answer: dict[str, Any], *, all_jobs: bool = False) -> str:
         return f"no mesh is running on {answer['data']}\n{room}"
     heading = (
         f"mesh on {answer['data']}, {answer['phase']}, up for {duration(answer['uptime_s'])}, process {answer['pid']}\n"
-        f"nats  {answer['nats_url']}\n{room}"
+        f"nats  {answer['nats_url']}\n{_gateway(answer)}{room}"
     )
     parts = [heading, _services(answer["services"])]
     if answer["jobs"]:
@@ -59,6 +62,12 @@ def text(answer: dict[str, Any], *, all_jobs: bool = False) -> str:
     if answer["problem"]:
         parts.append(answer["problem"])
     return "\n\n".join(parts)
+
+
+def _gateway(answer: dict[str, Any]) -> str:
+    if not answer["gateway_url"]:
+        return ""
+    return f"http  {answer['gateway_url']} for tinker clients; the key is in {answer['data']}/api_key\n"
 
 
 def _jobs(jobs: list[dict[str, Any]], *, all_jobs: bool) -> str:

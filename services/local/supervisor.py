@@ -18,7 +18,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 
 from services.local.config import DEFAULT_PORT, Paths, ServiceCommand, Setting, write_toml
@@ -61,14 +61,19 @@ class Supervisor:
         port: int = DEFAULT_PORT,
         tell: Tell,
         start_seconds: float = START_SECONDS,
+        prepare: Callable[[Bus], Awaitable[None]] | None = None,
     ) -> None:
-        """`port` is the bus's, 0 for a free one. `tell` is given what people should know, a line at a time."""
+        """`port` is the bus's, 0 for a free one. `tell` is given what people should know, a line at a time.
+
+        `prepare` is awaited when all services are ready, before the mesh counts as such.
+        """
         self.nats_url = ""
         self._paths = paths
         self._commands = commands
         self._port = port
         self._tell = tell
         self._start_seconds = start_seconds
+        self._prepare = prepare
         self._started = time.time()
         self._phase: Phase = "starting"
         self._tasks = Tasks("supervisor")
@@ -120,6 +125,8 @@ class Supervisor:
         for command in self._commands:
             self._start_service(command)
         await self._unless_failed(self._all_ready(self._bus))
+        if self._prepare is not None:
+            await self._prepare(self._bus)
         self._observing = self._tasks.start("observe", self._observe(self._bus))
         self._become("ready")
         return self._bus

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from typing import Any
 
 from shared.bus import Delivery
 from shared.contracts.results import Result
-from shared.contracts.training import AnyOperation
+from shared.contracts.training import AnyOperation, Operation, OperationResult
 from shared.errors import TemporaryError
 from shared.node import Node
 
@@ -21,9 +23,20 @@ class Answers:
         self._node = node
         self._unsent: dict[str, set[asyncio.Task[None]]] = {}
 
-    def send(self, delivery: Delivery[AnyOperation], result: Result) -> None:
-        """Answer an operation, in the encoding in which it came."""
-        sending = self._send_until_stored(result, json=delivery.json)
+    def send(
+        self,
+        delivery: Delivery[AnyOperation],
+        result: Result,
+        *,
+        again: bool = False,
+        told: Callable[[], None] | None = None,
+    ) -> None:
+        """Answer an operation, in the encoding in which it came.
+
+        `again`: another trainer may have answered it before. `told` is called once the answer is stored, but not if
+        there was one before.
+        """
+        sending = self._send_until_stored(result, json=delivery.json, again=again, told=told)
         task = self._node.tasks.start(f"answer {result.request_id}", sending)
         unsent = self._unsent.setdefault(delivery.message.run, set())
         unsent.add(task)
@@ -34,11 +47,28 @@ class Answers:
         if unsent := self._unsent.get(run):
             await asyncio.wait(set(unsent))
 
-    async def _send_until_stored(self, result: Result, *, json: bool) -> None:
+    async def _send_until_stored(
+        self, result: Result, *, json: bool, again: bool, told: Callable[[], None] | None
+    ) -> None:
         while True:
             try:
+                if again and await self._node.bus.answer_of(result.request_id) is not None:
+                    return
                 await self._node.bus.answer(result, json=json)
-                return
+                break
             except TemporaryError as error:
                 log.warning("answer %s waits: %s", result.request_id, error, extra={"request": result.request_id})
                 await asyncio.sleep(error.delay)
+        if told is not None:
+            told()
+
+
+def result_of(operation: Operation, **filled: Any) -> OperationResult:
+    """The result of an operation, with the fields that its kind fills."""
+    names: dict[str, Any] = {
+        "request_id": operation.request_id,
+        "run": operation.run,
+        "seq": operation.seq,
+        "note": operation.note,
+    }
+    return OperationResult(**names, **filled)

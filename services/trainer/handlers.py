@@ -1,54 +1,80 @@
 """Operations in, results out.
 
 An operation that changes only memory (a pass, a step) is done once and its answer sent until it is stored; it is
-durable by the log. One that writes (a policy, a checkpoint) can be done again without harm, and is, after a temporary
-error.
+durable by the log. One that reads or writes files (`saves`, `loads`) can be done again without harm, and is, after a
+temporary error; but one that was answered is not, since the world may have changed: a checkpoint that was deleted does
+not come back, and a load that failed does not succeed later, under operations that have gone on without it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import time
 from collections.abc import Sequence
 from typing import TypeVar
 
-from services.trainer.answers import Answers
+from services.trainer.answers import Answers, result_of
 from services.trainer.engine_thread import EngineThread
 from services.trainer.engines.base import NoRoom, PassItem, PassOutcome, StepOutcome
 from services.trainer.fair import Piece
 from services.trainer.held import HeldRun
+from services.trainer.loads import Loads
 from services.trainer.metrics import TrainerMetrics
 from services.trainer.places import Places
-from shared import topology
+from services.trainer.policy import tokens_of
+from services.trainer.saves import Saves
 from shared.bus import Delivery
-from shared.contracts.policies import PolicyPublished, PolicyRecord, PolicyRef
 from shared.contracts.results import RequestFailed
 from shared.contracts.training import (
     AnyOperation,
     CreateRun,
     ForwardBackward,
+    LoadState,
     OperationResult,
     OptimStep,
+    Refused,
+    SaveExternal,
     SavePolicy,
     SaveState,
 )
 from shared.errors import MeshError, PermanentError, TemporaryError, UserError, failure_of
 from shared.node import Node
+from shared.usage import Usage
+
+
+def goes_aside(operation: AnyOperation) -> bool:
+    """Whether an operation reads or writes files, so that other runs must not wait for it."""
+    if isinstance(operation, CreateRun):
+        return operation.source is not None
+    return isinstance(operation, (SavePolicy, SaveState, SaveExternal, LoadState))
+
+
+def needs_device(operation: AnyOperation) -> bool:
+    """Whether a run must be on the device for an operation."""
+    return not isinstance(operation, (LoadState, Refused))
 
 
 class Operations:
     """Executes operations on the engine and answers them."""
 
     def __init__(
-        self, node: Node, engine: EngineThread, metrics: TrainerMetrics, places: Places, answers: Answers
+        self,
+        node: Node,
+        engine: EngineThread,
+        metrics: TrainerMetrics,
+        places: Places,
+        answers: Answers,
+        saves: Saves,
+        loads: Loads,
+        usage: Usage,
     ) -> None:
         self._node = node
         self._answers = answers
         self._engine = engine
         self._metrics = metrics
         self._places = places
-        self._policies = node.bus.table(topology.POLICIES)
+        self._saves = saves
+        self._loads = loads
+        self._usage = usage
 
     async def run_pass(self, runs: Sequence[HeldRun], pieces: Sequence[Piece]) -> list[HeldRun]:
         """Forward and backward for several runs at once; `pieces` are of their heads. Return whose heads are done."""
@@ -96,103 +122,98 @@ class Operations:
     def _finish(self, held: HeldRun, outcome: PassOutcome | StepOutcome) -> None:
         """Answer a run's head with what came of it."""
         if outcome.error is not None:
-            self.refuse(held.head, outcome.error)
+            self.refuse(held.head, outcome.error, again=held.may_be_answered)
             return
         logprobs = list(outcome.logprobs) if isinstance(outcome, PassOutcome) else []
-        self._answer(held.head, _result(held.head.message, metrics=dict(outcome.metrics), logprobs=logprobs))
+        self._answer(held, result_of(held.head.message, metrics=dict(outcome.metrics), logprobs=logprobs))
 
     async def single(self, held: HeldRun) -> None:
-        """Any other operation. Raise `TemporaryError` if it is to be tried again."""
-        delivery = held.head
-        operation = delivery.message
+        """Any other operation that does not go aside. Raise `TemporaryError` if it is to be tried again."""
+        operation = held.head.message
         try:
-            if isinstance(operation, CreateRun):
-                await self._create(operation, held)
-                self._answer(delivery, _result(operation))
-            elif isinstance(operation, SavePolicy):
-                self._answer(delivery, _result(operation, policy=await self._save_policy(operation, held)))
-            elif isinstance(operation, SaveState):
-                self._answer(delivery, await self._save_state(operation))
+            if isinstance(operation, Refused):
+                self._send_refused(held.head)
+            elif isinstance(operation, CreateRun):
+                self._check_base(operation)
+                await self._places.create(held, operation.lora)
+                self._answer(held, result_of(operation))
             else:
                 raise PermanentError(f"{type(operation).__name__} is not done by itself")
         except TemporaryError:
             raise
         except MeshError as error:
+            self.refuse(held.head, error, again=held.may_be_answered)
+
+    async def aside(self, held: HeldRun) -> None:
+        """An operation that `goes_aside`. Raise `TemporaryError` if it is to be tried again."""
+        delivery = held.head
+        request = delivery.message.request_id
+        if held.may_be_answered and await self._node.bus.answer_of(request) is not None:
+            return
+        try:
+            result = await self._on_files(delivery.message, held)
+        except TemporaryError:
+            raise
+        except MeshError as error:
             self.refuse(delivery, error)
+            await self._answers.settled(held.name)  # it stays refused, whoever replays what comes after it
+        else:
+            self._answer(held, result)
+
+    async def _on_files(self, operation: AnyOperation, held: HeldRun) -> OperationResult:
+        if isinstance(operation, SavePolicy):
+            return await self._saves.policy(operation, held)
+        if isinstance(operation, SaveState):
+            return await self._saves.state(operation, held)
+        if isinstance(operation, SaveExternal):
+            return await self._saves.external(operation, held)
+        assert isinstance(operation, (CreateRun, LoadState))
+        if isinstance(operation, CreateRun):
+            self._check_base(operation)
+        assert operation.source is not None
+        await self._loads.load(held, operation.source, optimizer=operation.optimizer)
+        return result_of(operation)
 
     async def repeated(self, delivery: Delivery[AnyOperation]) -> None:
         """Answer an operation that was done before: what it gave, as far as that was written down."""
         operation = delivery.message
         if await self._node.bus.answer_of(operation.request_id) is not None:
             return
-        policy = None
-        if isinstance(operation, SavePolicy):
-            entry = await self._policies.get((operation.run, str(operation.version)))
-            policy = entry.value if entry else None
-        self._answer(delivery, _result(operation, policy=policy))
+        if isinstance(operation, Refused):
+            self._send_refused(delivery)
+            return
+        result = await self._saves.told_before(operation) or result_of(operation)
+        self._answers.send(delivery, result)
 
-    def refuse(self, delivery: Delivery[AnyOperation], error: MeshError) -> None:
-        """Answer with why it was not done."""
+    def refuse(self, delivery: Delivery[AnyOperation], error: MeshError, *, again: bool = False) -> None:
+        """Answer with why it was not done; `again`: unless it was answered before."""
         operation = delivery.message
         self._metrics.operations.labels(_kind(operation), "failed").inc()
-        self._answers.send(delivery, RequestFailed(request_id=operation.request_id, failure=failure_of(error)))
+        failed = RequestFailed(request_id=operation.request_id, failure=failure_of(error))
+        self._answers.send(delivery, failed, again=again)
 
-    async def _create(self, operation: CreateRun, held: HeldRun) -> None:
+    def _send_refused(self, delivery: Delivery[AnyOperation]) -> None:
+        operation = delivery.message
+        assert isinstance(operation, Refused)
+        self._metrics.operations.labels(_kind(operation), "failed").inc()
+        self._answers.send(delivery, RequestFailed(request_id=operation.request_id, failure=operation.failure))
+
+    def _check_base(self, operation: CreateRun) -> None:
         if operation.base_model != self._engine.engine.base_model:
             raise UserError(
                 f"run {operation.run}: base_model {operation.base_model!r} is not "
                 f"{self._engine.engine.base_model!r}, for which the run was placed"
             )
-        await self._places.create(held, operation.lora)
 
-    async def _save_policy(self, operation: SavePolicy, held: HeldRun) -> PolicyRecord | None:
-        key = (operation.run, str(operation.version))
-        ref = PolicyRef(run=operation.run, version=operation.version)
-        if (entry := await self._policies.get(key)) is not None:
-            record = entry.value  # done before the trainer was killed: a policy is written once
-        elif await self._policies.was_deleted(key):
-            return None  # done, and not needed any more: a replay does not bring it back
-        else:
-            record = await self._write_policy(ref, held)
-            if await self._policies.create(key, record) is None:
-                raise TemporaryError(f"policy {ref} was recorded by another trainer meanwhile")
-        await self._node.bus.publish(
-            topology.POLICIES_PUBLISHED,
-            PolicyPublished(record=record, seq=operation.seq),
-            msg_id=f"policy/{ref}",
-            run=operation.run,
-        )
-        return record
-
-    async def _write_policy(self, ref: PolicyRef, held: HeldRun) -> PolicyRecord:
-        files = await self._engine.call(self._engine.engine.export_adapter, ref.run)
-        weights = files["adapter_model.safetensors"]
-        # The content is in the name: a replay that ends in another last bit does not collide with an earlier write.
-        digest = hashlib.sha256(weights).hexdigest()[:12]
-        folder = f"policies/{topology.token(ref.run)}/{ref.version}-{digest}"
-        config_ref, weights_ref = await asyncio.gather(
-            self._node.blobs.put(f"{folder}/adapter_config.json", files["adapter_config.json"]),
-            self._node.blobs.put(f"{folder}/adapter_model.safetensors", weights),
-        )
-        return PolicyRecord(
-            policy=ref,
-            base_model=held.record.base_model,
-            lora=held.record.lora,
-            config=config_ref,
-            weights=weights_ref,
-            owner=held.record.owner,
-        )
-
-    async def _save_state(self, operation: SaveState) -> OperationResult:
-        state = await self._engine.call(self._engine.engine.snapshot, operation.run)
-        digest = hashlib.sha256(state).hexdigest()[:12]
-        key = f"checkpoints/{topology.token(operation.run)}/{topology.token(operation.name)}-{digest}.safetensors"
-        ref = await self._node.blobs.put(key, state)
-        return OperationResult(request_id=operation.request_id, run=operation.run, seq=operation.seq, checkpoint=ref)
-
-    def _answer(self, delivery: Delivery[AnyOperation], result: OperationResult) -> None:
+    def _answer(self, held: HeldRun, result: OperationResult) -> None:
+        delivery, record = held.head, held.record
         self._metrics.operations.labels(_kind(delivery.message), "done").inc()
-        self._answers.send(delivery, result)
+        tokens = tokens_of(delivery.message)
+
+        def told() -> None:
+            self._usage.count("training", tokens, owner=record.owner, session=record.session)
+
+        self._answers.send(delivery, result, again=held.may_be_answered, told=told)
 
 
 OperationT = TypeVar("OperationT", ForwardBackward, OptimStep)
@@ -218,7 +239,3 @@ def _item(operation: ForwardBackward, piece: Piece) -> PassItem:
 
 def _kind(operation: AnyOperation) -> str:
     return type(operation).__name__
-
-
-def _result(operation: AnyOperation, **filled: object) -> OperationResult:
-    return OperationResult(request_id=operation.request_id, run=operation.run, seq=operation.seq, **filled)  # type: ignore[arg-type]

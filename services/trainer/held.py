@@ -37,6 +37,10 @@ class HeldRun:
     stuck: tuple[int, float] = (-1, 0.0)
     """The seq that has not come though later ones have, and the monotonic time when that was noticed."""
     reader: asyncio.Task[None] | None = None
+    aside: asyncio.Task[None] | None = None
+    """Reads or writes files of the run, while the operations of others go on. Its own wait."""
+    newest_when_claimed: int = 0
+    """Place of the newest operation that was there when the run was claimed. Up to it, others may have answered."""
     room: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when an operation left the backlog."""
 
@@ -51,6 +55,11 @@ class HeldRun:
         head = self.backlog.head
         assert head is not None, f"nothing waits in run {self.name}"
         return head
+
+    @property
+    def may_be_answered(self) -> bool:
+        """Whether another trainer may have done the head, and answered it."""
+        return self.head.seq <= self.newest_when_claimed
 
     @property
     def tokens_waiting(self) -> int:

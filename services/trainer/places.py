@@ -81,6 +81,12 @@ class Places:
         await self._in_room(held, lambda: self._engine.engine.create_run(held.name, lora), {held.name})
         await self._arrived(held)
 
+    async def replaced(self, held: HeldRun) -> None:
+        """The newest snapshot is not of what is in memory, but of what the run is from now on."""
+        assert held.record.snapshot is not None, f"run {held.name} has no snapshot"
+        await self._engine.call(self._engine.engine.drop_run, held.name)
+        held.level, held.size = Level.STORE, held.record.snapshot.state.size
+
     async def make_room(self, held: HeldRun) -> bool:
         """Move one run away for another, or bring that one back if it has left itself. False: none is left."""
         if not _is_away(held):
@@ -168,7 +174,7 @@ def _residence(held: HeldRun) -> Residence:
         used=held.used_at,
         size=held.size,
         waits=held.backlog.head is not None,
-        begun=held.data_done > 0,
+        begun=held.data_done > 0 or held.aside is not None,
     )
 
 

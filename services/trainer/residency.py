@@ -37,7 +37,7 @@ class Residence:
     waits: bool = False
     """Whether it has work to do."""
     begun: bool = False
-    """Whether it is in the middle of an operation."""
+    """Whether it is in the middle of an operation, or its files are being written or read."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from shared.contracts.training import AnyOperation, RunRecord
 from shared.errors import MeshError
 from shared.leases import Key, Leases
 from shared.node import Node
+from shared.tables import Entry
 from shared.tasks import cancelled
 
 log = logging.getLogger(__name__)
@@ -111,15 +112,20 @@ class Runs:
     async def _claim(self, name: str) -> None:
         if not await self._leases.claim(("run", name)):
             return
-        entry = await self._leases.releasing_on_error(("run", name), self._table.get(name))
+        entry, newest = await self._leases.releasing_on_error(("run", name), self._look_at(name))
         if entry is None or entry.value.closed:
             self._known.pop(name, None)
             await self._leases.release(("run", name))
             return
         held = _unloaded(entry.value, entry.revision)
+        held.newest_when_claimed = newest
         self.held[name] = held
         log.info("run %s is ours, from operation %d", name, held.backlog.next_seq, extra={"run": name})
         held.reader = self._node.tasks.start(f"log of {name}", self._logs.read(held))
+
+    async def _look_at(self, name: str) -> tuple[Entry[RunRecord] | None, int]:
+        """A run's record, and the place of its newest operation."""
+        return await self._table.get(name), await self._node.bus.last_place(topology.OPERATIONS, run=name)
 
     def _lost(self, key: Key) -> None:
         self._metrics.leases_lost.inc()
@@ -138,8 +144,7 @@ class Runs:
         if held is None:
             return
         self._on_gone(name)
-        if held.reader is not None:
-            await cancelled([held.reader])
+        await cancelled(task for task in (held.reader, held.aside) if task is not None)
         await self._engine.call(self._engine.engine.drop_run, name)
 
 

@@ -19,8 +19,9 @@ from services.trainer.held import HeldRun
 from services.trainer.metrics import TrainerMetrics
 from services.trainer.residency import Level
 from shared import topology
+from shared.contracts.blobs import BlobRef
 from shared.contracts.training import SnapshotRecord
-from shared.errors import MeshError
+from shared.errors import MeshError, TemporaryError
 from shared.node import Node
 
 log = logging.getLogger(__name__)
@@ -62,26 +63,43 @@ class Snapshots:
 
         False: it could not be written, or the run is no longer ours.
         """
-        name = held.name
         seq, place = held.backlog.next_seq - 1, held.backlog.replay_from
-        await self._settled(name)  # what is cut off the log can never be answered again
         try:
-            state = await self._engine.call(self._engine.engine.snapshot, name)
-            ref = await self._node.blobs.put(_state_key(name, seq, state), state)
-            before = held.record.snapshot
-            if not await self._record(held, SnapshotRecord(seq=seq, stream_seq=place, state=ref)):
+            state = await self._engine.call(self._engine.engine.snapshot, held.name)
+            if not await self._put(held, seq, place, state):
                 return False
-            held.done_since_snapshot, held.snapshot_at = 0, time.monotonic()
-            self._metrics.snapshots.labels("written").inc()
-            await self._node.bus.purge(topology.OPERATIONS, up_to=place, run=name)
-            if before is not None and before.state.key != ref.key:
-                await self._node.blobs.delete(before.state.key)
         except MeshError as error:
             # The log still has everything since the snapshot before: recovery is only slower.
             self._metrics.snapshots.labels("failed").inc()
             held.snapshot_at = time.monotonic()
-            log.warning("snapshot of run %s could not be written: %s", name, error, extra={"run": name})
+            log.warning("snapshot of run %s could not be written: %s", held.name, error, extra={"run": held.name})
         return held.record.snapshot is not None and held.done_since_snapshot == 0
+
+    async def replace(self, held: HeldRun, state: bytes) -> None:
+        """Make `state` what the run is after its head, which still waits to be answered.
+
+        The record is what counts, at once and for whoever takes over. Raise `MeshError`: nothing was changed.
+        """
+        # Replay begins at the head, so that whoever takes over answers it, if nobody has.
+        if not await self._put(held, held.backlog.next_seq, held.backlog.replay_from, state):
+            raise TemporaryError(f"run {held.name} is no longer ours")
+
+    async def _put(self, held: HeldRun, seq: int, place: int, state: bytes) -> bool:
+        await self._settled(held.name)  # what is cut off the log can never be answered again
+        ref = await self._node.blobs.put(_state_key(held.name, seq, state), state)
+        before = await self._record(held, SnapshotRecord(seq=seq, stream_seq=place, state=ref))
+        if before is None:
+            return False
+        held.done_since_snapshot, held.snapshot_at = 0, time.monotonic()
+        self._metrics.snapshots.labels("written").inc()
+        try:
+            await self._node.bus.purge(topology.OPERATIONS, up_to=place, run=held.name)
+            for old in before:
+                if old.key != ref.key:
+                    await self._node.blobs.delete(old.key)
+        except MeshError as error:  # only space is lost
+            log.warning("what a snapshot of run %s replaces stays: %s", held.name, error, extra={"run": held.name})
+        return True
 
     async def read(self, held: HeldRun) -> bytes:
         """The state in a run's newest snapshot. Raise `PermanentError` or `TemporaryError`."""
@@ -89,20 +107,29 @@ class Snapshots:
         assert snapshot is not None, f"run {held.name} has no snapshot"
         return await self._node.blobs.get(snapshot.state)
 
-    async def _record(self, held: HeldRun, snapshot: SnapshotRecord) -> bool:
-        """Point the run's record to a snapshot, unless the run is no longer ours."""
+    async def _record(self, held: HeldRun, snapshot: SnapshotRecord) -> list[BlobRef] | None:
+        """Point the run's record to a snapshot. Return what it pointed to; None: the run is no longer ours.
+
+        A record only ever goes forward: who has lost the run without noticing does not undo what the new holder wrote.
+        """
         name = held.name
         while self._held.get(name) is held:
+            before = held.record.snapshot
             record = msgspec.structs.replace(held.record, snapshot=snapshot)
             revision = await self._table.update(name, record, held.revision)
             if revision is not None:
                 held.record, held.revision = record, revision
-                return True
+                return [] if before is None else [before.state]
             entry = await self._table.get(name)  # its owner changed it meanwhile, for instance closed it
-            if entry is None or entry.value.snapshot != held.record.snapshot:
-                return False  # somebody else holds the run, and has written a snapshot of it
+            if entry is None or entry.value.closed:
+                return None
+            there = entry.value.snapshot
+            if there != before and there != snapshot and there is not None and there.seq >= snapshot.seq:
+                return None  # somebody else holds the run
             held.record, held.revision = entry.value, entry.revision
-        return False
+            if there == snapshot:  # our own write, whose answer was lost
+                return [] if before is None else [before.state]
+        return None
 
 
 def _state_key(run: str, seq: int, state: bytes) -> str:

@@ -68,6 +68,8 @@ class SampleRequest(Contract):
     same shape; the other positions are missing in them."""
     session: str = ""
     """Of the client that asks; what it uses is counted there. Empty: a job's."""
+    note: str = ""
+    """The asker's own, given back in the answer."""
 
 
 class TopLogprobs(Contract):
@@ -109,3 +111,5 @@ class SampleResult(Contract, tag_field="kind", tag="sample"):
     """With `topk_prompt_logprobs`: N positions, empty where `prompt_logprobs` would be NaN."""
     target_logprobs: Float32s | None = None
     """One for each entry of the request's `target_logprobs`; NaN for -1."""
+    note: str = ""
+    """Of the request."""

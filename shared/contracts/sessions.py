@@ -49,6 +49,10 @@ class SamplerRecord(Contract):
     inflight: bool = False
     """Answered by the newest policy that the run has published for sampling in flight, rather than by `policy`."""
     created: float = 0.0
+    model_name: str = ""
+    """How its client calls the base model: by this name, an alias, or a directory. Empty: by this name."""
+    clients: int = 0
+    """Copies of the client in other processes that have been given a number."""
 
 
 class RunActivity(Contract):

@@ -50,7 +50,10 @@ UsageKind = Literal["training", "prompt", "sampled"]
 
 
 class UsageRecorded(Contract):
-    """Tokens that a replica has processed for one owner, session and model (event). Recorded at least once."""
+    """Tokens that a replica has processed for one owner, session and model (event).
+
+    What a killed replica had not yet told, some seconds of work, is missing; nothing is counted twice.
+    """
 
     owner: str
     kind: UsageKind

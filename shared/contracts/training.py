@@ -69,6 +69,8 @@ class Operation(Contract, tag_field="op", kw_only=True):
     request_id: str
     """Where the result goes."""
     owner: str = "default"
+    note: str = ""
+    """The asker's own, given back in the answer."""
 
 
 class CreateRun(Operation, tag="create", kw_only=True):
@@ -156,6 +158,8 @@ class OperationResult(Contract, tag_field="kind", tag="operation"):
     checkpoint: BlobRef | None = None
     recorded: CheckpointRecord | None = None
     """The checkpoint that an operation with a `SaveSpec` recorded."""
+    note: str = ""
+    """Of the operation."""
 
 
 class SnapshotRecord(Contract):
@@ -182,6 +186,8 @@ class RunRecord(Contract):
     created: float = 0.0
     """Seconds since the epoch."""
     user_metadata: dict[str, Any] = {}
+    model_name: str = ""
+    """How its client calls the base model: by this name, an alias, or a directory. Empty: by this name."""
 
 
 class Lease(Contract):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from shared import topology
 from shared.contracts.arrays import Float32s, Int32s
 from shared.contracts.base import Failure
 from shared.contracts.blobs import BlobRef
+from shared.contracts.checkpoints import CheckpointKey, CheckpointRecord, SaveSpec
 from shared.contracts.checks import CheckAnswer, CheckEnvironment, CheckReward
 from shared.contracts.episodes import (
     EnvironmentSpec,
@@ -44,16 +47,21 @@ from shared.contracts.policies import LoraSpec, PolicyPublished, PolicyRecord, P
 from shared.contracts.replicas import ReplicaRecord
 from shared.contracts.results import DeadLetter, DeliveryMark, RequestFailed
 from shared.contracts.sampling import SampledSequence, SampleRequest, SampleResult, SamplingParams, TopLogprobs
+from shared.contracts.sessions import Heartbeat, RunActivity, SamplerRecord, SessionRecord
+from shared.contracts.tenants import Audited, KeyRecord, TenantLimits, TenantRecord, UsageRecorded
 from shared.contracts.training import (
     AdamParams,
     CreateRun,
     Datum,
     ForwardBackward,
     Lease,
+    LoadState,
     LossSpec,
     OperationResult,
     OptimStep,
+    Refused,
     RunRecord,
+    SaveExternal,
     SavePolicy,
     SaveState,
     SnapshotRecord,
@@ -76,6 +84,13 @@ TURN = Turn(
     reference_logprobs=Float32s([-1.0, -2.0]),
 )
 FAILURE = Failure(message="no such policy", kind="user")
+SOURCE = CheckpointKey(run="s-1:train:0", kind="training", name="step-10")
+SAVE = SaveSpec(name="step-20", ttl_seconds=3600, overwrite=True, user_metadata={"note": "good"})
+CHECKPOINT = CheckpointRecord(
+    key=SOURCE, base_model="org/model", lora=LORA, owner="team", seq=12, created=100.5, size=21, state=BLOB,
+    policy=POLICY, files={"adapter_config.json": BLOB}, encrypted=True, expires=200.5, public=True,
+    user_metadata={"note": "good"},
+)  # fmt: skip
 HEAD: dict[str, Any] = {"run": "job-1", "seq": 4, "request_id": "job-1.4", "owner": "team"}
 REPORT = StepReport(
     step=3, reward=0.5, loss=-0.25, tokens=99, trained_groups=3, skipped_groups=1, dropped_groups=2, staleness=0.75,
@@ -107,6 +122,10 @@ MESSAGES: dict[str, tuple[topology.Channel[Any], Any]] = {
     "pause": (topology.PAUSE, ControlJob(job="first-1", request_id="r")),
     "resume": (topology.RESUME, ControlJob(job="first-1", request_id="r")),
     "create_run": (topology.OPERATIONS, CreateRun(**HEAD, base_model="org/model", lora=LORA)),
+    "create_run_loaded": (
+        topology.OPERATIONS,
+        CreateRun(**HEAD, base_model="org/model", lora=LORA, source=SOURCE, optimizer=True),
+    ),
     "forward_backward": (
         topology.OPERATIONS,
         ForwardBackward(
@@ -169,6 +188,13 @@ MESSAGES: dict[str, tuple[topology.Channel[Any], Any]] = {
     ),
     "save_policy": (topology.OPERATIONS, SavePolicy(**HEAD, version=3)),
     "save_state": (topology.OPERATIONS, SaveState(**HEAD, name="final")),
+    "save_policy_recorded": (
+        topology.OPERATIONS, SavePolicy(**HEAD, version=4, checkpoint=SAVE, inflight=True)
+    ),
+    "save_state_recorded": (topology.OPERATIONS, SaveState(**HEAD, name="step-20", checkpoint=SAVE)),
+    "save_external": (topology.OPERATIONS, SaveExternal(**HEAD, checkpoint=SAVE, recipients=["age1xyz"])),
+    "load_state": (topology.OPERATIONS, LoadState(**HEAD, source=SOURCE, optimizer=True)),
+    "refused": (topology.OPERATIONS, Refused(**HEAD, failure=FAILURE)),
     "sample": (
         topology.SAMPLES,
         SampleRequest(
@@ -183,6 +209,10 @@ MESSAGES: dict[str, tuple[topology.Channel[Any], Any]] = {
             params=SamplingParams(max_tokens=9, stop="\n\n"), topk_prompt_logprobs=2, topk_sample_logprobs=3,
             target_logprobs=Int32s([3, -1]), target_width=2, prompt_logprobs_last_n=1,
         ),
+    ),
+    "sample_of_session": (
+        topology.SAMPLES,
+        SampleRequest(request_id="s-1.sample-0.4", base_model="org/model", prompt=Int32s([1, 2]), session="s-1"),
     ),
     "play_group": (
         topology.GROUPS,
@@ -216,6 +246,9 @@ MESSAGES: dict[str, tuple[topology.Channel[Any], Any]] = {
             request_id="job-1.4", run="job-1", seq=4, metrics={"loss:sum": 1.5}, logprobs=[Float32s([-0.5])],
             policy=RECORD, checkpoint=BLOB,
         ),
+    ),
+    "operation_recorded": (
+        topology.ANSWERS, OperationResult(request_id="s-1.train-0.12", run="s-1:train:0", seq=12, recorded=CHECKPOINT)
     ),
     "sample_result": (
         topology.ANSWERS,
@@ -276,8 +309,25 @@ MESSAGES: dict[str, tuple[topology.Channel[Any], Any]] = {
         topology.DEAD_LETTERS,
         DeadLetter(stream="SAMPLE", subject="s", reason="why", deliveries=5, body=b"\x00\x01", headers={"a": "b"}),
     ),
+    "used": (
+        topology.USED,
+        UsageRecorded(
+            owner="team", kind="prompt", tokens=99, begin=100.5, end=110.5, base_model="org/model", session="s-1",
+            cached=True,
+        ),
+    ),
+    "audited": (
+        topology.AUDITS,
+        Audited(at=100.5, owner="team", event="checkpoint_published", details={"checkpoint": "weights/step-10"}),
+    ),
 }  # fmt: skip
 """By file name: the channel it travels on, and the message."""
+for _name in (
+    "create_run", "forward_backward", "optim_step", "save_policy", "save_state", "save_external", "load_state",
+    "refused", "operation_result", "sample", "sample_result",
+):  # fmt: skip
+    _channel, _message = MESSAGES[_name]
+    MESSAGES[f"{_name}_noted"] = (_channel, msgspec.structs.replace(_message, note="s-1:sample:2"))
 
 RECORDS: dict[str, tuple[topology.Bucket[Any], Any]] = {
     "run": (
@@ -313,5 +363,45 @@ RECORDS: dict[str, tuple[topology.Bucket[Any], Any]] = {
             ready=True, base_model="org/model", started=1.5, offers=["reward:numeric"],
         ),
     ),
+    "run_of_session": (
+        topology.RUNS,
+        RunRecord(
+            run="s-1:train:0", base_model="org/model", lora=LORA, session="s-1", created=100.5,
+            user_metadata={"note": ["good"]},
+        ),
+    ),
+    "checkpoint": (topology.CHECKPOINTS, CHECKPOINT),
+    "inflight": (topology.INFLIGHT, POLICY),
+    "session": (
+        topology.SESSIONS,
+        SessionRecord(
+            session="s-1", owner="team", created=100.5, project="math", display_name="first try", tags=["a"],
+            user_metadata={"note": "good"}, sdk_version="0.38.0", ended="errored", ended_at=200.5, end_detail="why",
+        ),
+    ),
+    "heartbeat": (topology.HEARTBEATS, Heartbeat(at=100.5)),
+    "sampler": (
+        topology.SAMPLERS,
+        SamplerRecord(
+            sampler="s-1:sample:0", session="s-1", owner="team", base_model="org/model", policy=POLICY,
+            path="tinker://s-1:train:0/sampler_weights/step-10", inflight=True, created=100.5,
+        ),
+    ),
+    "activity": (topology.ACTIVITY, RunActivity(at=100.5)),
+    "tenant": (
+        topology.TENANTS,
+        TenantRecord(
+            tenant="team", created=100.5,
+            limits=TenantLimits(runs=1, requests=2, queued_tokens=3, checkpoint_bytes=4),
+        ),
+    ),
+    "key": (
+        topology.KEYS,
+        KeyRecord(
+            id="k-1", tenant="team", created=100.5, label="ann", project="math", admin=True, expires=300.5,
+            revoked=200.5,
+        ),
+    ),
+    "alias": (topology.ALIASES, "org/model"),
 }  # fmt: skip
 """By file name: the bucket, and its value."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import time
@@ -9,6 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import tinker
 
 from shared import topology
 from shared.bus import Bus
@@ -35,3 +37,17 @@ async def new_session(client: httpx.AsyncClient) -> str:
     answer = await client.post("create_session", json={"tags": [], "sdk_version": "test"})
     assert answer.status_code == 200, answer.text
     return str(answer.json()["session_id"])
+
+
+@contextlib.asynccontextmanager
+async def sdk(port: int, key: str = KEY) -> AsyncIterator[tinker.ServiceClient]:
+    """The real client. Its calls block, or wait for its own thread: make them in `asyncio.to_thread`."""
+
+    def connect() -> tinker.ServiceClient:
+        return tinker.ServiceClient(base_url=f"http://127.0.0.1:{port}", api_key=key)
+
+    client = await asyncio.to_thread(connect)
+    try:
+        yield client
+    finally:
+        await asyncio.wrap_future(client.close("success").future())

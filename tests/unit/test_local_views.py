@@ -150,10 +150,11 @@ def test_status_shows_open_jobs_and_the_newest_that_are_finished() -> None:
     jobs = [job(0, "running"), *(job(number, "failed") for number in range(1, 9))]
     disk = {"free": 1, "bus": 1, "blobs": 1}
     answer = {"running": True, "data": "x", "phase": "ready", "uptime_s": 1, "pid": 1, "nats_url": "u", "disk": disk}
-    answer |= {"services": [], "jobs": jobs, "problem": ""}
+    answer |= {"gateway_url": "http://h:1", "services": [], "jobs": jobs, "problem": ""}
     short, whole = status.text(answer), status.text(answer, all_jobs=True)
     assert [f"j-{number} " in short for number in range(9)] == [True, False, False, False, *[True] * 5]
     assert "3 older finished jobs: `openrl status --all`" in short
+    assert "http://h:1" in short
     assert max(len(line) for line in short.splitlines()) < 100
     assert all(f"j-{number} " in whole for number in range(9))
     assert ("because " * 30).strip() in whole

@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 
 from services.gateway.context import Endpoint
-from services.gateway.endpoints import clients, sessions
+from services.gateway.endpoints import clients, futures, sampling, sessions, training, weights
 
 ENDPOINTS: Sequence[Endpoint] = (
+    *futures.ENDPOINTS,
+    *sampling.ENDPOINTS,
+    *training.ENDPOINTS,
+    *weights.ENDPOINTS,
     *sessions.ENDPOINTS,
     *clients.ENDPOINTS,
 )

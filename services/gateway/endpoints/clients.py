@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from services.gateway.context import Call, Endpoint, Gateway
+from services.gateway.context import Answer, Call, Endpoint, Gateway
 from shared.contracts.base import Strict
 
 REFRESH_SECONDS = 300
@@ -19,13 +19,13 @@ class ConfigRequest(Strict):
     sdk_version: str
 
 
-async def config(gateway: Gateway, _: Call) -> dict[str, Any]:
+async def config(gateway: Gateway, _: Call) -> Answer:
     """The flags of the client. Those that are not named keep the client's defaults.
 
     `custom_loss_server_side` stays off: custom losses run in the client, with its own code.
     """
     settings = gateway.config
-    return {
+    flags = {
         "pjwt_auth_enabled": settings.exchange_keys,
         "parallel_fwdbwd_chunks": True,
         "proto_compress_fwdbwd": settings.compress_training_data,
@@ -33,6 +33,8 @@ async def config(gateway: Gateway, _: Call) -> dict[str, Any]:
         "sample_join_sampling_session": True,
         "custom_loss_server_side": False,
     }
+    # Clients ask on a connection that they use for nothing else, and leave open.
+    return Answer(msgspec.json.encode(flags), headers={"Connection": "close"})
 
 
 async def dynamic_config(_: Gateway, __: Call) -> dict[str, Any]:

@@ -95,6 +95,7 @@ class Job:
             policy=self.policy,
             queue_seconds=self.started - self.arrived,
             seconds=now - self.started,
+            note=self.request.note,
         )
 
 

@@ -102,6 +102,14 @@ class TrainerEngine(Protocol):
         Raise `NoRoom`, or `PermanentError` if the state is not one of this model's.
         """
 
+    def begun_from(self, state: bytes, lora: LoraSpec, *, optimizer: bool) -> bytes:
+        """What `snapshot` would give of a run that begins with the weights of `state`, without a gathered gradient.
+
+        With `optimizer` it goes on with that of `state`. Touches no run and no device, so any thread may call it beside
+        all else. Raise `UserError` if the adapter in `state` has another shape than `lora`, `PermanentError` if the
+        state is not one of this model's.
+        """
+
     def park(self, run: str) -> None:
         """Move all of a run to host memory, unfinished parts too. Unknown and parked runs stay as they are."""
 

@@ -21,7 +21,7 @@ from services.trainer.engines.keeper import Keeper
 from services.trainer.engines.passes import PassRunner, PassSettings
 from services.trainer.engines.pending import Pending
 from services.trainer.engines.run_state import NewState, RunState
-from services.trainer.engines.state_file import read_state, write_state
+from services.trainer.engines.state_file import begun_from, read_state, write_state
 from services.trainer.engines.work import Work
 from shared.contracts.arrays import Float32s
 from shared.contracts.policies import LoraSpec
@@ -214,6 +214,10 @@ class TorchTrainerEngine:
     def restore(self, run: str, state: bytes) -> None:
         """Bring a run back from `snapshot`. Raise `NoRoom` or `PermanentError`, changing nothing."""
         self._keeper.hold(run, lambda: read_state(state, self._base_model, self._model))
+
+    def begun_from(self, state: bytes, lora: LoraSpec, *, optimizer: bool) -> bytes:
+        """Return the state of a run that begins with that of another. Raise `UserError` or `PermanentError`."""
+        return begun_from(state, self._base_model, self._model, lora, optimizer=optimizer)
 
     def park(self, run: str) -> None:
         """Move all of a run to host memory."""
