@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.autoscaler.observed import Observed
 from services.autoscaler.plan import Plan
 
 
@@ -36,6 +37,10 @@ class AutoscalerMetrics:
         )  # fmt: skip
         self.gpus = Gauge("openrl_autoscaler_gpus", "GPUs in the inventory", registry=registry)
         self.gpus_used = Gauge("openrl_autoscaler_gpus_used", "Of these, with a replica on them", registry=registry)
+        self.placed = Gauge(
+            "openrl_autoscaler_replica_milli", "Thousandths of a GPU that a replica has",
+            ["replica", "group", "node", "gpu"], registry=registry,
+        )  # fmt: skip
         self.frozen = Gauge(
             "openrl_autoscaler_frozen", "1 while nothing is done at all, since GPUs cannot be listed", registry=registry
         )
@@ -43,6 +48,15 @@ class AutoscalerMetrics:
             "openrl_autoscaler_plan_seconds", "Making a plan", registry=registry,
             buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
         )  # fmt: skip
+
+    def seen(self, observed: Observed) -> None:
+        """Show which replica is where."""
+        nodes = {gpu.name: gpu.node for gpu in observed.gpus or ()}
+        self.placed.clear()
+        for replica in observed.replicas:
+            for gpu in replica.gpus:
+                labels = replica.name, replica.group, nodes.get(gpu, ""), gpu.rpartition("/")[2]
+                self.placed.labels(*labels).set(replica.shape.milli)
 
     def planned(self, plan: Plan) -> None:
         """Show a plan."""

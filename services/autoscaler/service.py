@@ -99,6 +99,7 @@ class AutoscalerService:
             plan, self._memory = await asyncio.to_thread(
                 decide, observed, self._memory, self._config.groups, self._config.scaling, now
             )
+        self._metrics.seen(observed)
         self._metrics.planned(plan)
         await self._tell(plan, observed, now)
         if not self._config.dry_run:

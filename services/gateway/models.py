@@ -9,7 +9,7 @@ from services.gateway.ids import shown
 from services.gateway.mirrors import Mirror
 from shared import topology
 from shared.bus import Bus
-from shared.contracts.replicas import CONTEXT, DIRECTORY, ReplicaRecord
+from shared.contracts.replicas import CONTEXT, DIRECTORY, SCALED, ReplicaRecord
 from shared.errors import UserError
 from shared.tasks import Tasks
 
@@ -66,11 +66,13 @@ class Models:
         return self._known.get(model, {}).get(DIRECTORY)
 
     def has(self, service: str, model: str) -> bool:
-        """Whether a `trainer` or `sampler` of a model lives now."""
+        """Whether a `trainer` or `sampler` of a model lives now, or an autoscaler starts one when it is asked for."""
         oldest = time.monotonic() - LIVES
+        scaled = f"{SCALED}{service}:{model}"
         return any(
-            record.service == service and record.base_model == model and self._heard.get(replica, 0) > oldest
+            (record.service == service and record.base_model == model) or scaled in record.offers
             for (replica,), record in self._replicas.values.items()
+            if self._heard.get(replica, 0) > oldest
         )
 
     def _hear(self, key: tuple[str, ...], record: ReplicaRecord | None) -> None:
@@ -78,6 +80,9 @@ class Models:
             self._heard.pop(key[0], None)
             return
         self._heard[key[0]] = time.monotonic()
+        for offer in record.offers:
+            if offer.startswith(SCALED):
+                self._known.setdefault(offer.removeprefix(SCALED).partition(":")[2], {})
         if record.base_model is None or record.service not in ("sampler", "trainer"):
             return
         offers = self._known.setdefault(record.base_model, {})
