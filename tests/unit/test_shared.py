@@ -48,7 +48,7 @@ def test_empty_and_endless_names_are_refused(name: str) -> None:
 
 def test_every_subject_belongs_to_exactly_its_stream() -> None:
     for channel in topology.CHANNELS:
-        parts = dict.fromkeys(("run", "pool", "environment", "reward", "job", "request", "stream"), "x")
+        parts = dict.fromkeys(("run", "pool", "environment", "reward", "job", "request", "stream", "owner"), "x")
         owners = [
             stream for stream in topology.STREAMS for pattern in stream.subjects if matches(pattern, channel, parts)
         ]
