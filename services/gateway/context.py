@@ -52,7 +52,7 @@ class Gateway:
     @property
     def closing(self) -> bool:
         """Whether this gateway is being stopped."""
-        return self.hub.closed
+        return self.hub.closing.is_set()
 
     def limits_of(self, tenant: str) -> TenantLimits:
         """What a tenant may have at the same time: its record's limits, and the configuration's where it has none."""
