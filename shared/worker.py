@@ -30,7 +30,7 @@ from shared import observe
 from shared.bus import BLOB_HEADER, REQUEST_HEADER, Bus, Delivery
 from shared.chances import Chances, TooOften
 from shared.errors import MeshError, PermanentError, TemporaryError, failure_of
-from shared.tables import Stored
+from shared.scans import Stored
 from shared.tasks import cancelled
 from shared.topology import Consumer, Kept
 
