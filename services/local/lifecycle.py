@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from services.local import keys
+from services.local import aliases, keys
 from services.local.config import Paths, ServiceCommand
 from services.local.orphans import end_orphans
 from services.local.state import held_lock, lock_holder, read_state, running_state
@@ -42,6 +42,7 @@ def run_up(paths: Paths, commands: Sequence[ServiceCommand], *, port: int, echo:
         keys.ensure_secret(paths)
 
     async def invite(bus: Bus) -> None:
+        await aliases.tell(bus, paths)
         key, url = await keys.ensure_default(bus, paths), await keys.gateway_url(bus)
         if url is not None:
             tell("clients reach the gateway with")
