@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from services.gateway.limits import InFlight
 from shared.bus import REQUEST_HEADER, Bus
 from shared.errors import TemporaryError
-from shared.tables import Stored
+from shared.scans import Stored
 from shared.tasks import Tasks
 
 log = logging.getLogger(__name__)

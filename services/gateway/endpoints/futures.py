@@ -19,7 +19,7 @@ from shared.contracts.base import Strict
 from shared.contracts.blobs import BlobRef
 from shared.contracts.results import RequestFailed
 from shared.errors import UserError
-from shared.tables import Stored
+from shared.scans import Stored
 from shared.tasks import cancelled
 from shared.wire import decode
 
