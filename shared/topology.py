@@ -110,13 +110,13 @@ class Channel(Generic[T]):
     of its own. Messages of others that lack this token are taken too."""
 
     def subject(self, **parts: str) -> str:
-        """The subject for these parts."""
-        return self.template.format(**{name: _tokens(name, value) for name, value in parts.items()})
+        """The subject for these parts; that of one line, if the value that it is of is among them."""
+        line = f".{token(parts.pop(self.by))}" if self.by in parts else ""
+        return self.template.format(**{name: _tokens(name, value) for name, value in parts.items()}) + line
 
     def subject_of(self, message: T, **parts: str) -> str:
         """The subject on which we publish this message."""
-        subject = self.subject(**parts)
-        return f"{subject}.{token(getattr(message, self.by))}" if self.by else subject
+        return self.subject(**parts, **({self.by: getattr(message, self.by)} if self.by else {}))
 
     @property
     def pattern(self) -> str:

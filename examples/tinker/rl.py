@@ -33,8 +33,8 @@ def datum(prompt: list[int], sequence: types.SampledSequence, advantage: float) 
 
 def main() -> None:
     service, numbers = tinker.ServiceClient(), random.Random(0)
-    served = [model.model_name for model in service.get_server_capabilities().supported_models]
-    training = service.create_lora_training_client(base_model=sys.argv[1] if sys.argv[1:] else served[0], rank=16)
+    name = sys.argv[1] if sys.argv[1:] else service.get_server_capabilities().supported_models[0].model_name
+    training = service.create_lora_training_client(base_model=name, rank=16)
     tokenizer = training.get_tokenizer()
     how = types.SamplingParams(max_tokens=6, temperature=1.0)
 
@@ -46,8 +46,8 @@ def main() -> None:
         data, rewards = [], []
         for (a, b), prompt, group in zip(tasks, prompts, groups, strict=True):
             sequences = group.result().sequences
-            texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for s in sequences]
-            scores = [float(text.strip().rstrip(".") == str(a + b)) for text in texts]
+            texts = [tokenizer.decode(s.tokens, skip_special_tokens=True).strip() for s in sequences]
+            scores = [float(text.rstrip(".") == str(a + b)) for text in texts]
             mean = sum(scores) / SAMPLES
             data += [datum(prompt, s, r - mean) for s, r in zip(sequences, scores, strict=True) if r != mean]
             rewards.append(mean)

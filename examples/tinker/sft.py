@@ -30,8 +30,8 @@ def example(tokenizer, question: str, answer: str) -> types.Datum:
 
 def main() -> None:
     service = tinker.ServiceClient()
-    served = [model.model_name for model in service.get_server_capabilities().supported_models]
-    training = service.create_lora_training_client(base_model=sys.argv[1] if sys.argv[1:] else served[0], rank=16)
+    name = sys.argv[1] if sys.argv[1:] else service.get_server_capabilities().supported_models[0].model_name
+    training = service.create_lora_training_client(base_model=name, rank=16)
     tokenizer = training.get_tokenizer()
     data = [example(tokenizer, question, answer) for question, answer in FACTS.items()]
     counted = sum(sum(datum.loss_fn_inputs["weights"].data) for datum in data)

@@ -156,7 +156,7 @@ async def _not_yet(gateway: Gateway, call: Call, owned: Owned, request: str) -> 
     if owned.kind == "sample":
         sampler = await gateway.records.sampler(call.caller, owned.id)
         model, service = sampler.base_model, "sampler"
-        if not gateway.closing and await _is_over(gateway, model, request):
+        if not gateway.closing and await _is_over(gateway, call.caller.tenant, model, request):
             gateway.in_flight.remove(request)
             raise Gone(f"request {request} is not known (any more): results are kept for an hour")
     else:
@@ -171,9 +171,9 @@ async def _not_yet(gateway: Gateway, call: Call, owned: Owned, request: str) -> 
     return answer if reason is None else {**answer, "queue_state_reason": reason}
 
 
-async def _is_over(gateway: Gateway, model: str, request: str) -> bool:
-    """Whether a sample was answered so long ago that the answer is gone: none waits or is in work for its model."""
-    empty = await gateway.bus.last_place(topology.SAMPLES, pool=model) == 0
+async def _is_over(gateway: Gateway, owner: str, model: str, request: str) -> bool:
+    """Whether a sample was answered so long ago that the answer is gone: none of its owner's waits or is in work."""
+    empty = await gateway.bus.last_place(topology.SAMPLES, pool=model, owner=owner) == 0
     return empty and await gateway.bus.stored_answer(request) is None
 
 
