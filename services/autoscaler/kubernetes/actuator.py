@@ -272,6 +272,6 @@ def _check(group: GroupConfig, config: KubernetesConfig) -> None:
         )
     if mode == "time-slicing" and shape.milli * config.slices < WHOLE:
         raise UserError(
-            f"group {group.name}: milli = {shape.milli} is less than one of {config.slices} time slices of a GPU; set it"
-            f" to {-(-WHOLE // config.slices)} or more"
+            f"group {group.name}: milli = {shape.milli} is less than one of {config.slices} time slices of a GPU; set"
+            f" it to {-(-WHOLE // config.slices)} or more"
         )

@@ -51,7 +51,9 @@ class Cache:
 
     def note(self, found: Object) -> None:
         """Take in what the API server answered to a write, unless something newer has come."""
-        if found.get("kind") == self._resource.kind:
+        ours = found.get("kind") == self._resource.kind
+        # What the watch has passed already may have been deleted since.
+        if ours and self._version and _version(found) > int(self._version):
             self._take(found)
 
     async def keep(self) -> None:

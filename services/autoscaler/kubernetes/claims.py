@@ -66,7 +66,7 @@ def _request(placed: Placed, devices: Mapping[str, Device], config: KubernetesCo
 
 
 def expression(devices: Sequence[Device], config: KubernetesConfig) -> str:
-    """Names devices in CEL. Without an attribute that tells them apart, any of the driver's on the pod's node will do."""
+    """Names devices in CEL. Without an attribute that tells them apart, any of the driver's on the node will do."""
     driver = f"device.driver == {json.dumps(config.driver)}"
     identities = [device.identity for device in devices if device.identity is not None]
     if not identities or len(identities) < len(devices):

@@ -25,7 +25,7 @@ class KubernetesConfig(Strict):
     """Labels of the nodes whose GPUs are the mesh's. Others' pods there are not seen, so they should be its own."""
     resource: str = "nvidia.com/gpu"
     """Extended resource of the device plugin."""
-    type_labels: list[str] = ["nvidia.com/gpu.product", "cloud.google.com/gke-accelerator"]
+    type_labels: tuple[str, ...] = ("nvidia.com/gpu.product", "cloud.google.com/gke-accelerator")
     """Labels of a node that say its type of GPU; the first that is there."""
     memory_label: str = "nvidia.com/gpu.memory"
     """Label of a node with the memory of each GPU in MiB."""

@@ -104,7 +104,7 @@ def _cordoned(
         return True
     taints = [one for one in spec.get("taints") or () if one.get("effect") != "PreferNoSchedule"]
     taints = [one for one in taints if not one["key"].startswith(HANDLED)]
-    return bool(taints) and not any(
+    return len(taints) > 0 and not any(
         all(any(_tolerates(each, taint) for each in of_template) for taint in taints) for of_template in tolerations
     )
 
@@ -113,8 +113,9 @@ def _tolerates(toleration: Mapping[str, Any], taint: Mapping[str, Any]) -> bool:
     if toleration.get("effect") not in (None, "", taint.get("effect")):
         return False
     if toleration.get("operator") == "Exists":
-        return toleration.get("key") in (None, "", taint["key"])
-    return toleration.get("key") == taint["key"] and toleration.get("value", "") == taint.get("value", "")
+        return bool((toleration.get("key") or taint["key"]) == taint["key"])
+    same_value = bool((toleration.get("value") or "") == (taint.get("value") or ""))
+    return same_value and bool(toleration.get("key") == taint["key"])
 
 
 def _of_cpu(node: _Node) -> list[Gpu]:
