@@ -17,10 +17,15 @@ class Cluster:
     gpus: tuple[Gpu, ...] | None
     """None: they could not be listed."""
     replicas: tuple[Replica, ...]
+    problems: tuple[str, ...] = ()
+    """What people should know of: replicas that do not get on, GPUs that cannot be used."""
 
 
 class Actuator(Protocol):
     """A machine with a supervisor, or a Kubernetes cluster."""
+
+    async def start(self) -> None:
+        """Begin to look. Raise `UserError` if that can never work."""
 
     async def look(self) -> Cluster:
         """What there is now. Raise `TemporaryError` if nothing can be said."""

@@ -34,6 +34,9 @@ class BusActuator:
         self._leases = Leases(node.bus, node.replica, node.tasks, lambda _: None)
         self._leases.start()
 
+    async def start(self) -> None:
+        """See `Actuator.start`."""
+
     async def look(self) -> Cluster:
         """See `Actuator.look`."""
         nodes = [entry.value for entry in await self._nodes.items()]

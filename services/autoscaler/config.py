@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from services.autoscaler.kubernetes.config import KubernetesConfig
 from services.autoscaler.observed import WHOLE, Shape
 from shared.config import ServiceConfig
 from shared.contracts.base import Name, Strict
@@ -50,6 +51,8 @@ class GroupConfig(Strict):
     max: Annotated[int, msgspec.Meta(ge=1)] = 8
     priority: int = 0
     """Who gets room when it is short: the higher number."""
+    pod_template: str = ""
+    """In Kubernetes: the PodTemplate that replicas are made from. Empty: the one of the group's name."""
     slots: Annotated[int, msgspec.Meta(ge=1)] = 32
     """Samplers: sequences that a replica generates at the same time."""
     sequence_seconds: Positive = 20.0
@@ -102,5 +105,9 @@ class AutoscalerConfig(ServiceConfig, frozen=True, kw_only=True):
     scaling: ScalingConfig = ScalingConfig()
     prometheus_url: str = "http://127.0.0.1:9090"
     """Where metrics are read."""
+    actuator: Literal["bus", "kubernetes"] = "bus"
+    """Who carries plans out: supervisors of machines that follow the bus, or Kubernetes."""
+    kubernetes: KubernetesConfig = KubernetesConfig()
+    """For the latter: where, and how GPUs are given."""
     dry_run: bool = False
     """Plan and say so, but change nothing."""

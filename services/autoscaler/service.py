@@ -47,13 +47,14 @@ class AutoscalerService:
         self.offers: Sequence[str] = sorted({f"{SCALED}{group.role}:{group.base_model}" for group in config.groups})
         self._config = config
         self._node = node
-        self._actuator = actuator or BusActuator(node, config.groups)
+        self._actuator = actuator or _actuator(config, node)
         self._prometheus: Prometheus | None = None
         self._metrics = AutoscalerMetrics(node.telemetry.registry)
         self._plans = node.bus.table(topology.PLANS)
         self._memory = Memory()
         self._last: Plan | None = None
         self._leading = False
+        self._problems: frozenset[str] = frozenset()
 
     def activity(self) -> str:
         """See `Service.activity`."""
@@ -67,6 +68,7 @@ class AutoscalerService:
 
     async def start(self) -> None:
         """Begin to plan."""
+        await self._actuator.start()
         self._prometheus = Prometheus(self._config.prometheus_url, self._config.scaling.fresh_seconds)
         self._node.tasks.start("plan", self._plan_for_ever())
 
@@ -109,6 +111,9 @@ class AutoscalerService:
 
     async def _observe(self) -> Observed:
         cluster: Cluster = await self._actuator.look()
+        for problem in sorted(set(cluster.problems) - self._problems):
+            log.warning("%s", problem)
+        self._problems = frozenset(cluster.problems)
         assert self._prometheus is not None, "tick comes after start"
         read = await self._prometheus.read()
         found: dict[str, Load] = {} if read is None else loads(read[0], self._config.groups, read[1])
@@ -121,6 +126,16 @@ class AutoscalerService:
             self._metrics.decisions.labels(event.group, event.decision, event.cause).inc()
             await self._node.bus.publish(topology.SCALING, event, group=event.group)
         await self._plans.put(NEWEST, told(plan, observed, self._config.groups, now, dry_run=dry_run))
+
+
+def _actuator(config: AutoscalerConfig, node: Node) -> Actuator:
+    if config.actuator == "bus":
+        return BusActuator(node, config.groups)
+    try:
+        from services.autoscaler.kubernetes.actuator import KubernetesActuator  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise UserError(f"actuator = 'kubernetes' needs the extra of that name: {error}") from None
+    return KubernetesActuator(config.kubernetes, config.groups, node.replica, node.drain_seconds, node.tasks)
 
 
 def build(config: AutoscalerConfig, node: Node) -> AutoscalerService:
