@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
+import pytest
 from prometheus_client import CollectorRegistry
 
-from shared import topology
+from shared import scans, tables, topology
 from shared.bus import Bus, Delivery
 from shared.bus_load import QueueLoad, measure
 from shared.contracts.arrays import Int32s
 from shared.contracts.policies import LoraSpec
 from shared.contracts.sampling import SampleRequest
 from shared.contracts.training import CreateRun, Lease
+from shared.scans import Stored
 from shared.worker import Worker, WorkerMetrics
 from tests.mesh.harness import MODEL, eventually
 
@@ -107,14 +110,27 @@ async def test_streams_have_a_size_and_count_what_was_ever_put_in(bus: Bus) -> N
     assert load.storage_limit == topology.MOST_BYTES
 
 
-async def test_an_entry_that_is_written_while_all_are_read_is_there_once(bus: Bus) -> None:
+async def test_an_entry_that_is_written_while_all_are_read_is_there_once(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = bus.table(topology.ALIASES)
-    for number in range(60):
+    for number in range(20):
         await table.put(f"name-{number}", "model")
-    reading = asyncio.create_task(table.items())
-    for number in range(30):
-        await table.put(f"name-{number}", "another")
-    assert not reading.done(), "all was written meanwhile"
-    names = [entry.key[0] for entry in await reading]
-    assert len(names) == len(set(names)) == 60
-    assert await table.keys() == {(name,) for name in names}
+
+    async def with_a_write(*arguments: Any, **settings: Any) -> AsyncIterator[Stored]:
+        written = False
+        async for item in scans.scan(*arguments, **settings):
+            yield item
+            if not written:
+                written = True
+                await table.put("name-0", "another")
+
+    monkeypatch.setattr(scans, "BATCH", 4)  # so that what is written meanwhile is still to be read
+    monkeypatch.setattr(tables, "scan", with_a_write)
+    entries = await table.items()
+    assert len(entries) == 20
+    assert {entry.key[0]: entry.value for entry in entries} == {
+        **{f"name-{number}": "model" for number in range(20)},
+        "name-0": "another",
+    }
+    assert await table.keys() == {(f"name-{number}",) for number in range(20)}

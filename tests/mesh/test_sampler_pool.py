@@ -116,11 +116,11 @@ async def test_a_replica_that_is_told_to_stop_ends_what_runs_within_its_grace(pl
 
 async def test_what_does_not_end_within_the_grace_is_handed_back(place: Place, bus: Bus) -> None:
     async with replica(place, bus, "first", drain_seconds=0.1) as first:
-        asked = [ask(bus, samples=16) for _ in range(2)]
+        asked = [ask(bus, samples=48) for _ in range(2)]  # many times the grace
         await in_work(bus, 2)
         first.send_signal(signal.SIGTERM)
         assert await first.wait() == 0
         assert not any(task.done() for task in asked)
         assert await left(bus) == 2, "handed back and not given up"
         async with replica(place, bus, "second"):
-            assert all(complete(result, 16) for result in await asyncio.gather(*asked))
+            assert all(complete(result, 48) for result in await asyncio.gather(*asked))
