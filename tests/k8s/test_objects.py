@@ -9,12 +9,20 @@ from collections import Counter
 import kubernetes_validate
 import pytest
 
-from tests.k8s.manifests import OVERLAYS, ROOT, Pods, built, matches, named, of_kind, workloads
+from tests.k8s.manifests import NOT_OURS, OVERLAYS, ROOT, Pods, built, matches, named, of_kind, workloads
 
 CUSTOM = {"ManagedCertificate", "BackendConfig"}
 """Of GKE: no part of Kubernetes, so there is no schema of them here."""
 BY_HAND = {"nats-auth", "gateway-signing", "model-hub"}
 """Secrets that whoever runs a mesh makes: docs/kubernetes.md says how."""
+NOT_DEPLOYED = {
+    "local": "is the mesh of one machine",
+    "gpu_exporter": "would have to see GPUs that it claims none of; here the GPU operator's exporter does that",
+}
+"""Packages of services/ without pods, and why."""
+OF_THE_OPERATOR = {("Role", "openrl-prometheus"), ("RoleBinding", "openrl-prometheus")}
+"""What is in the GPU operator's namespace: Prometheus may find its exporters there."""
+WITH_DCGM = {"gpu-dra", "gpu-dra-shares", "gpu-device-plugin"}
 
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 
@@ -38,16 +46,28 @@ def test_names_are_unique_and_all_is_in_one_namespace(overlay: str) -> None:
     cluster_wide = {"Namespace", "PriorityClass", "ClusterRole", "ClusterRoleBinding", "DeviceClass"}
     names = Counter((found["kind"], found["metadata"]["name"]) for found in built(overlay))
     assert max(names.values()) == 1
+    abroad = OF_THE_OPERATOR if overlay in WITH_DCGM else set()
+    assert {name for name in names if name in OF_THE_OPERATOR} == abroad
     for found in built(overlay):
-        expected = None if found["kind"] in cluster_wide else "openrl"
-        assert found["metadata"].get("namespace") == expected, found["metadata"]["name"]
+        kind, name = found["kind"], found["metadata"]["name"]
+        expected = None if kind in cluster_wide else "gpu-operator" if (kind, name) in abroad else "openrl"
+        assert found["metadata"].get("namespace") == expected, name
 
 
 @every_overlay
 def test_every_service_of_the_mesh_is_there(overlay: str) -> None:
     there = {pods.service for pods in workloads(overlay)} - {None}
-    services = {path.parent.name for path in ROOT.glob("services/*/__init__.py")} - {"local"}
-    assert services <= there | ({"autoscaler"} if overlay.startswith("dev") else set())
+    services = {path.parent.name for path in ROOT.glob("services/*/__init__.py")}
+    assert set(NOT_DEPLOYED) <= services
+    assert there == services - set(NOT_DEPLOYED) - ({"autoscaler"} if overlay.startswith("dev") else set())
+
+
+@every_overlay
+def test_whatever_is_not_ours_is_listed_and_runs_no_image_of_ours(overlay: str) -> None:
+    assert {pods.app for pods in workloads(overlay) if not pods.service} == set(NOT_OURS)
+    for pods in workloads(overlay):
+        for container in pods.containers:
+            assert container["image"].startswith("openrl/") == (pods.app not in NOT_OURS), pods.name
 
 
 @every_overlay
@@ -119,7 +139,7 @@ def test_whoever_has_cuda_has_a_gpu(overlay: str) -> None:
         resources = pods.main["resources"]
         has = "claims" in resources or resources["limits"].get("nvidia.com/gpu") == "1"
         assert wants == has, pods.name
-        assert wants == any(variable.get("value") == "cuda" for variable in pods.main["env"]), pods.name
+        assert wants == any(variable.get("value") == "cuda" for variable in pods.main.get("env", [])), pods.name
 
 
 @every_overlay
@@ -132,7 +152,7 @@ def test_images_are_pinned_and_ours_are_of_this_version(overlay: str) -> None:
             if name.startswith("openrl/"):
                 assert tag in ((version, "dev") if overlay.startswith("dev") else (version,))
             else:
-                assert re.match(r"\d+\.\d+\.\d+", tag), container["image"]
+                assert re.match(r"v?\d+\.\d+\.\d+", tag), container["image"]
 
 
 @every_overlay

@@ -1,4 +1,4 @@
-"""What pods may do to their node, who may speak to whom, and what the autoscaler may do to the cluster."""
+"""What pods may do to their node, who may speak to whom, and what two of them may do to the cluster."""
 
 from __future__ import annotations
 
@@ -7,10 +7,22 @@ from collections.abc import Mapping
 import pytest
 
 from tests.k8s.manifests import OVERLAYS, Object, Pods, matches, named, of_kind, workloads
+from tests.k8s.test_objects import WITH_DCGM
 
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
-OUTSIDE = ({"app.kubernetes.io/name": "prometheus"}, {"openrl.dev/client": "true"})
+CLIENT = {"openrl.dev/client": "true"}
+ONLOOKER = {"openrl.dev/dashboards": "true"}
+PROMETHEUS = {"app.kubernetes.io/name": "prometheus"}
+"""That of the overlay, or one in another namespace."""
+OUTSIDE = (CLIENT, ONLOOKER, PROMETHEUS)
 """Pods that policies name and that need not be in the overlay."""
+TOKENS = {
+    "autoscaler": "makes, marks and ends pods and their claims",
+    "prometheus": "asks which pods there are, to read their metrics",
+}
+"""Who speaks to the API server, and why."""
+FIXED_USERS = {"grafana": 472}
+"""Images whose files and start script are made for one user, although it is below 10000."""
 STRANGER = {"app.kubernetes.io/name": "somebody-else"}
 
 
@@ -19,7 +31,7 @@ def test_every_container_runs_as_restricted_as_it_can(overlay: str) -> None:
     for pods in workloads(overlay):
         context = pods.spec["securityContext"]
         assert context["runAsNonRoot"]
-        assert context["runAsUser"] > 9999
+        assert context["runAsUser"] > 9999 or context["runAsUser"] == FIXED_USERS.get(pods.app), pods.name
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pods.spec), pods.name
         for container in pods.containers:
@@ -39,12 +51,34 @@ def test_the_namespace_enforces_the_restricted_level(overlay: str) -> None:
 
 
 @every_overlay
-def test_only_the_autoscaler_has_a_token_of_the_api_server(overlay: str) -> None:
-    with_token = {pods.name for pods in workloads(overlay) if pods.spec["automountServiceAccountToken"]}
-    assert with_token == {pods.name for pods in workloads(overlay) if pods.service == "autoscaler"}
-    bound = {subject["name"] for binding in of_kind(overlay, "RoleBinding") for subject in binding["subjects"]}
-    bound |= {subject["name"] for binding in of_kind(overlay, "ClusterRoleBinding") for subject in binding["subjects"]}
-    assert bound == ({"autoscaler"} if with_token else set())
+def test_only_two_have_a_token_of_the_api_server(overlay: str) -> None:
+    with_token = {pods.app: pods for pods in workloads(overlay) if pods.spec["automountServiceAccountToken"]}
+    assert set(with_token) == set(TOKENS) & {pods.app for pods in workloads(overlay)}
+    assert "prometheus" in with_token
+    subjects = [subject for binding in bindings(overlay) for subject in binding["subjects"]]
+    assert {(subject["kind"], subject["name"], subject["namespace"]) for subject in subjects} == {
+        ("ServiceAccount", pods.spec["serviceAccountName"], "openrl") for pods in with_token.values()
+    }
+    others = [pods.spec["serviceAccountName"] for pods in workloads(overlay) if pods.app not in TOKENS]
+    assert not set(others) & {pods.spec["serviceAccountName"] for pods in with_token.values()}
+
+
+@every_overlay
+def test_prometheus_may_look_at_pods_of_its_namespace_and_of_the_gpu_operators(overlay: str) -> None:
+    own = [found for found in bindings(overlay) if "prometheus" in [subject["name"] for subject in found["subjects"]]]
+    places = {found["metadata"].get("namespace") for found in own}
+    assert places == ({"openrl", "gpu-operator"} if overlay in WITH_DCGM else {"openrl"})
+    for binding in own:
+        assert binding["kind"] == "RoleBinding"
+        assert binding["roleRef"]["kind"] == "Role"
+        role = named(overlay, "Role", binding["roleRef"]["name"])
+        assert role is not None
+        assert role["metadata"]["namespace"] == binding["metadata"]["namespace"]
+        assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}]
+
+
+def bindings(overlay: str) -> list[Object]:
+    return [*of_kind(overlay, "RoleBinding"), *of_kind(overlay, "ClusterRoleBinding")]
 
 
 @every_overlay
@@ -56,7 +90,7 @@ def test_roles_name_what_they_allow_and_change_nothing_outside_of_the_namespace(
             assert not {"secrets", "pods/exec", "serviceaccounts/token", "roles"} & set(rule["resources"])
             if role["kind"] == "ClusterRole":
                 assert set(rule["verbs"]) <= {"get", "list", "watch"}
-    for binding in [*of_kind(overlay, "RoleBinding"), *of_kind(overlay, "ClusterRoleBinding")]:
+    for binding in bindings(overlay):
         assert named(overlay, binding["roleRef"]["kind"], binding["roleRef"]["name"])
 
 
@@ -91,15 +125,47 @@ def test_services_reach_the_bus_and_nothing_else_in_the_mesh(overlay: str) -> No
 
 
 @every_overlay
-def test_strangers_reach_nothing_and_prometheus_and_clients_what_is_theirs(overlay: str) -> None:
+def test_strangers_reach_nothing_and_clients_and_onlookers_what_is_theirs(overlay: str) -> None:
     denied = named(overlay, "NetworkPolicy", "default-deny")
     assert denied is not None
     assert denied["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     for pods in workloads(overlay):
-        for port in (4222, 6222, 8222, 8470, 9464):
+        for port in ports(pods):
             assert not admits(overlay, pods, STRANGER, port), pods.name
-        assert admits(overlay, pods, OUTSIDE[0], 9464 if pods.service else 8222), pods.name
-        assert admits(overlay, pods, OUTSIDE[1], 8470) == (pods.service == "gateway"), pods.name
+            assert admits(overlay, pods, CLIENT, port) == ((pods.app, port) == ("gateway", 8470)), pods.name
+            assert admits(overlay, pods, ONLOOKER, port) == ((pods.app, port) == ("grafana", 3000)), pods.name
+
+
+def ports(pods: Pods) -> list[int]:
+    return [port["containerPort"] for container in pods.containers for port in container.get("ports", [])]
+
+
+@every_overlay
+def test_prometheus_reaches_every_service_s_metrics_and_nothing_else(overlay: str) -> None:
+    prometheus = one(overlay, "prometheus")
+    for pods in workloads(overlay):
+        for port in ports(pods):
+            assert allowed(overlay, prometheus.labels, pods, port) == (bool(pods.service) and port == 9464), pods.name
+    # One that is elsewhere may have an exporter of the bus beside it.
+    assert admits(overlay, one(overlay, "nats"), PROMETHEUS, 8222)
+
+
+@every_overlay
+def test_grafana_and_the_autoscaler_reach_prometheus_and_nobody_else_does(overlay: str) -> None:
+    prometheus = one(overlay, "prometheus")
+    for pods in workloads(overlay):
+        asks = pods.app in ("grafana", "autoscaler")
+        assert allowed(overlay, pods.labels, prometheus, 9090) == asks, pods.name
+    grafana = one(overlay, "grafana")
+    for pods in workloads(overlay):
+        for port in ports(pods):
+            expected = (pods.app, port) == ("prometheus", 9090)
+            assert allowed(overlay, grafana.labels, pods, port) == expected, pods.name
+
+
+def one(overlay: str, app: str) -> Pods:
+    (found,) = [pods for pods in workloads(overlay) if pods.app == app]
+    return found
 
 
 def test_the_servers_of_the_bus_reach_each_other() -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import msgspec
 import pytest
+import yaml
 
 from services.local.nats_server import find_binary
 from shared import config, topology
 from shared.config import ServiceConfig
 from shared.errors import UserError
 from tests.k8s.manifests import OVERLAYS, ROOT, Object, Pods, named, of_kind, workloads
-from tests.k8s.test_objects import BY_HAND
+from tests.k8s.test_objects import BY_HAND, WITH_DCGM
 
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 BUCKETS = ("s3://", "gs://")
@@ -184,6 +185,14 @@ def _init_environment(overlay: str, pods: Pods) -> dict[str, str]:
 
 
 @every_overlay
+def test_engines_are_those_that_the_images_have(overlay: str, tmp_path: Path) -> None:
+    pools = [pods for pods in services(overlay) if pods.service in ("sampler", "trainer")]
+    assert pools
+    for pods in pools:
+        assert getattr(settings(overlay, pods, tmp_path), "engine") == "torch", pods.name  # noqa: B009
+
+
+@every_overlay
 def test_groups_of_the_autoscaler_are_the_pod_templates_of_their_models(overlay: str, tmp_path: Path) -> None:
     templates = {pods.workload["metadata"]["name"]: pods for pods in services(overlay) if "template" in pods.workload}
     for pods in services(overlay):
@@ -257,9 +266,31 @@ def nats_conf(overlay: str) -> str:
 
 
 def gib(text: str) -> float:
-    units = {"GiB": 1.0, "Gi": 1.0, "MiB": 1 / 1024, "Mi": 1 / 1024}
+    units = {"GiB": 1.0, "Gi": 1.0, "GB": 1.0, "MiB": 1 / 1024, "Mi": 1 / 1024}
     unit = next(unit for unit in units if text.endswith(unit))
     return float(text.removesuffix(unit)) * units[unit]
+
+
+# -- what is not ours --------------------------------------------------------------------------------------------------
+
+
+@every_overlay
+def test_prometheus_drops_what_is_old_before_its_volume_is_full(overlay: str) -> None:
+    (prometheus,) = [pods for pods in workloads(overlay) if pods.app == "prometheus"]
+    (most,) = [argument for argument in prometheus.main["args"] if argument.startswith("--storage.tsdb.retention.size")]
+    volume = prometheus.volume("/prometheus")
+    assert volume is not None
+    claim = named(overlay, "PersistentVolumeClaim", volume[0]["persistentVolumeClaim"]["claimName"])
+    assert claim is not None
+    # Its own advice: the newest block and the log are not counted.
+    assert gib(most.split("=")[1]) <= 0.85 * gib(claim["spec"]["resources"]["requests"]["storage"])
+
+
+@every_overlay
+def test_prometheus_is_configured_for_gpus_where_the_operator_is_expected(overlay: str) -> None:
+    (found,) = [one for one in of_kind(overlay, "ConfigMap") if one["metadata"]["name"].startswith("prometheus-config")]
+    jobs = [job["job_name"] for job in yaml.safe_load(found["data"]["prometheus.yml"])["scrape_configs"]]
+    assert jobs == ["openrl", "prometheus", *(["gpu"] if overlay in WITH_DCGM else [])]
 
 
 def test_the_tests_of_the_cluster_run_on_this_configuration() -> None:
