@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
+import msgspec
 from kubernetes.aio.client import Configuration
 
 from services.autoscaler.actuator import Cluster
@@ -124,8 +125,6 @@ def group(name: str = "a", *, memory: float = 70, milli: int = 1000, gpus: int =
           ) -> GroupConfig:  # fmt: skip
     shape = {"memory_gib": memory, "milli": milli, "gpus": gpus, "types": types}
     settings = {"name": name, "role": "sampler", "base_model": "org/model", "shape": shape, **more}
-    import msgspec
-
     return msgspec.convert(settings, GroupConfig)
 
 
@@ -137,10 +136,10 @@ def drain(name: str) -> Drain:
     return Drain(name, name.rpartition("-")[0], "because")
 
 
-async def eventually(look: Callable[[], Any], otherwise: str, seconds: float = 20.0) -> Any:
-    async with asyncio.timeout(seconds):
-        while True:
-            if (found := await look()) is not None:
-                return found
-            await asyncio.sleep(0.02)
+async def eventually(look: Callable[[], Awaitable[T | None]], otherwise: str, seconds: float = 20.0) -> T:
+    ends = asyncio.get_running_loop().time() + seconds
+    while asyncio.get_running_loop().time() < ends:
+        if (found := await look()) is not None:
+            return found
+        await asyncio.sleep(0.02)
     raise AssertionError(otherwise)

@@ -8,6 +8,7 @@ that is forgotten. It can be down, throttle, or fail.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -115,6 +116,11 @@ class FakeApi:
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         response.enable_chunked_encoding()
         await response.prepare(request)
+        with contextlib.suppress(ConnectionResetError):  # whoever watched has gone
+            await self._events(request, response, kind)
+        return response
+
+    async def _events(self, request: web.Request, response: web.StreamResponse, kind: Kind) -> None:
         version, hang_up = int(request.query["resourceVersion"]), self._hang_up
         bookmarks = request.query.get("allowWatchBookmarks") == "true"
         ends = asyncio.get_running_loop().time() + float(request.query.get("timeoutSeconds", 300))
@@ -127,13 +133,13 @@ class FakeApi:
                 version = at
                 if _selected(body, request.query):
                     await _send(response, what, body)
-            if not await self._something(min(left, self.bookmark_seconds), hang_up) and bookmarks:
+            quiet = not await self._something(min(left, self.bookmark_seconds), hang_up)
+            if quiet and bookmarks and not any(self.store.since(kind, version)):
                 version = max(version, self.store.version)
                 empty = {"apiVersion": kind[0], "kind": KINDS[kind], "metadata": {"resourceVersion": str(version)}}
                 await _send(response, "BOOKMARK", empty)
         if hang_up.is_set() and request.transport is not None:
             request.transport.abort()
-        return response
 
     async def _something(self, seconds: float, hang_up: asyncio.Event) -> bool:
         async def change() -> None:

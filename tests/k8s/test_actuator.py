@@ -134,7 +134,7 @@ async def test_draining_has_more_time_than_it_takes(world: Acting) -> None:
 async def test_a_pod_of_the_same_name_that_came_later_is_not_deleted(world: Acting) -> None:
     actuator = await world.actuator([A])
     await actuator.act([start(A, ["n0/0"])], [])
-    swapped = []
+    swapped: list[str] = []
 
     def swap(verb: str, kind: Any, name: str) -> None:
         """Just before the deletion arrives, somebody deletes the pod and makes another one."""
@@ -143,7 +143,7 @@ async def test_a_pod_of_the_same_name_that_came_later_is_not_deleted(world: Acti
             held = world.api.store.objects[PODS, "a-0"]
             held["metadata"]["uid"] = "another"
 
-    world.api.refusing = swap  # type: ignore[assignment]
+    world.api.refusing = swap
     await actuator.act([], [drain("a-0")])
     assert swapped
     assert world.cluster.pods()["a-0"]["metadata"]["uid"] == "another"

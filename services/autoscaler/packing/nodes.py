@@ -7,7 +7,7 @@ powers of two do, this uses nodes as well as can be.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 
 from services.autoscaler.packing.items import WHOLE, Item, Kind, Placement, Room
@@ -22,7 +22,12 @@ def place_on_nodes(items: Sequence[Item], rooms: Sequence[Room], wanted: Sequenc
             nodes[room.node].append(room)
     used = {room.node for room in rooms if room.used}
     placement: Placement = {}
-    choices = {kind: sum(kind.fits(room) for room in rooms) for kind in {item.kind for item in items}}
+    sorts = Counter((room.type, room.memory, room.milli, room.used) for room in rooms)
+    examples = {(room.type, room.memory, room.milli, room.used): room for room in rooms}
+    choices = {
+        kind: sum(many for sort, many in sorts.items() if kind.fits(examples[sort]))
+        for kind in {item.kind for item in items}
+    }
     in_order = sorted(items, key=lambda item: (-item.kind.gpus, choices[item.kind], -item.kind.memory))
     alike: dict[_Sort, deque[str]] = defaultdict(deque)
     for node, free in nodes.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from services.autoscaler.packing.beside import place_beside
+from services.autoscaler.packing.grid import EXACT, Grid, grid_for, rounded
 from services.autoscaler.packing.items import Item, Kind, Placement, Room
 from services.autoscaler.packing.nodes import place_on_nodes
 from services.autoscaler.packing.shares import TRIES, Packing, construct, improve
@@ -13,6 +15,12 @@ EFFORT = 600
 """Rounds of improvement for a packing of up to a hundred GPUs."""
 LARGE = 400
 """Kinds of items times GPUs, in hundreds, from which only one construction is tried."""
+MOST_KINDS, MOST_PAIRS = 20_000, 300_000
+"""Kinds of items, and these times kinds of rooms, that are packed as they are; of more, sizes are rounded (`grid`)."""
+MOST_KINDS_TRIED, MOST_PAIRS_TRIED = 1_500, 60_000
+"""The same while the longest beginning of a list that fits is looked for, which takes a packing for each try."""
+MANY = 100
+"""Kinds from which less effort also means that GPUs are filled with fewer tries."""
 LEANS = (0.5, 0.35, 0.65, 0.15, 0.85)
 """What counts as large: from compute alone (0) to memory alone (1)."""
 
@@ -26,11 +34,15 @@ def pack(items: Sequence[Item], rooms: Sequence[Room], effort: int = EFFORT) -> 
     return pack_all(items, rooms, effort) or _in_order(items, rooms, effort // 4)
 
 
-def pack_all(items: Sequence[Item], rooms: Sequence[Room], effort: int = EFFORT) -> Placement | None:
-    """The same, but everything or nothing."""
+def pack_all(
+    items: Sequence[Item], rooms: Sequence[Room], effort: int = EFFORT, grid: Grid | None = None
+) -> Placement | None:
+    """The same, but everything or nothing. `grid` rounds sizes; None: as little as takes reasonable time."""
     if not _may_fit(items, rooms):
         return None
-    placement = _attempt(items, rooms, effort)
+    if grid is None:
+        grid = grid_for(items, rooms, MOST_KINDS, MOST_PAIRS)
+    placement = _attempt(*rounded(items, rooms, grid), effort)
     return placement if len(placement) == len(items) else None
 
 
@@ -43,24 +55,18 @@ def _may_fit(items: Sequence[Item], rooms: Sequence[Room]) -> bool:
 
 def _in_order(items: Sequence[Item], rooms: Sequence[Room], effort: int) -> Placement:
     """The longest beginning of the list that can be placed, and whatever fits beside it."""
+    grid = grid_for(items, rooms, MOST_KINDS_TRIED, MOST_PAIRS_TRIED)
     low, high, best = 0, len(items) - 1, Placement()
-    while low < high:
+    near = 0 if grid == EXACT else len(items) // 200  # what sizes that are rounded are good for
+    while low + near < high:
         middle = (low + high + 1) // 2
-        placement = pack_all(items[:middle], rooms, effort)
+        placement = pack_all(items[:middle], rooms, effort, grid)
         if placement is not None:
             low, best = middle, placement
         else:
             high = middle - 1
     free = remaining(rooms, {item.name: item.kind for item in items}, best)
-    hopeless: set[Kind] = set()
-    for item in items[low:]:
-        placement = None if item.kind in hopeless else pack_all([item], free, 0)
-        if placement is None:
-            hopeless.add(item.kind)
-        else:
-            free = remaining(free, {item.name: item.kind}, placement)
-            best |= placement
-    return best
+    return best | place_beside(items[low:], free, grid)
 
 
 def remaining(rooms: Sequence[Room], kinds: Mapping[str, Kind], placement: Placement) -> list[Room]:
@@ -92,9 +98,12 @@ def _shares(items: Sequence[Item], rooms: Sequence[Room], effort: int) -> Placem
     counts = [len(names[kind]) for kind in kinds]
     best: Packing | None = None
     large = len(kinds) * len(rooms) > LARGE * 100
+    tries = TRIES * 100 // max(100, len(kinds))
+    if len(kinds) > MANY:
+        tries = max(20, tries * effort // EFFORT)
     for lean in LEANS[: 1 if large or not effort else None]:
         packing = Packing(kinds, counts, rooms)
-        construct(packing, lean, TRIES * 100 // max(100, len(kinds)))
+        construct(packing, lean, tries)
         if best is None or (sum(packing.left), packing.opened) < (sum(best.left), best.opened):
             best = packing
         if not any(best.left) and best.opened <= best.bound():

@@ -95,13 +95,15 @@ class Packing:
 
     def candidates(self, room: Room, order: Sequence[int], lean: float) -> list[Candidate]:
         """What is left and may go into a GPU, in this order; of very many, some of all sizes."""
-        found = [
-            Candidate(number, self.kinds[number].memory, self.kinds[number].milli, self.left[number],
-                      self.value(number, lean))
-            for number in order
-            if self.left[number] and room.type in self.types[number]
-        ]  # fmt: skip
-        return found[:: -(-len(found) // MOST_CANDIDATES)] if found else found
+        left, types, type_ = self.left, self.types, room.type
+        found = [number for number in order if left[number] and type_ in types[number]]
+        some = found[:: -(-len(found) // MOST_CANDIDATES)] if found else found
+        per_memory, per_milli = self.weights(lean)
+        kinds = [(number, self.kinds[number]) for number in some]
+        return [
+            Candidate(number, kind.memory, kind.milli, left[number], kind.memory * per_memory + kind.milli * per_milli)
+            for number, kind in kinds
+        ]
 
     def put(self, target: Bin, number: int, times: int) -> None:
         """Move items that are left into a bin."""
