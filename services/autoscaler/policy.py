@@ -209,6 +209,7 @@ class _Draft:
 
     def _rescue(self, homeless: Sequence[Wanted]) -> None:
         tried: dict[tuple[object, int], None] = {}
+        said: dict[tuple[str, Shape], str] = {}
         for wanted in homeless:
             key = (wanted.item.kind, wanted.rank)
             found = None
@@ -216,8 +217,9 @@ class _Draft:
                 found = make_room(wanted.item, wanted.rank, self._free(self._later), self._others())
             if found is None:
                 tried[key] = None
-                self.unmet.append(self._no_room(wanted))
+                self.unmet.append(self._no_room(wanted, said))
             else:
+                said.clear()
                 self._relocate(wanted, found)
 
     def _others(self) -> Others:
@@ -238,9 +240,11 @@ class _Draft:
         config = self._configs[replica.group]
         return rank(config.priority, place, config.min)
 
-    def _no_room(self, wanted: Wanted) -> Unmet:
-        reason = reasons.of_no_room(wanted.config, wanted.shape, self._free(self._later), self._gpus)
-        return Unmet(wanted.config.name, reason, replaces=wanted.replaces)
+    def _no_room(self, wanted: Wanted, said: dict[tuple[str, Shape], str]) -> Unmet:
+        key = (wanted.config.name, wanted.shape)
+        if key not in said:
+            said[key] = reasons.of_no_room(wanted.config, wanted.shape, self._free(self._later), self._gpus)
+        return Unmet(wanted.config.name, said[key], replaces=wanted.replaces)
 
     def _relocate(self, wanted: Wanted, found: Relocation) -> None:
         """Give up the victims, move what is to move, and reserve the room."""
