@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "The venv module is missing: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 2; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,environments,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,environments,kubernetes,dev]'
 	@touch $@
 
 # Unpacked beside our Python rather than installed: no root, no service that starts by itself. Needs Debian or Ubuntu.
