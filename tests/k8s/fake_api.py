@@ -31,6 +31,8 @@ class FakeApi:
         """Seconds that everybody is asked to wait."""
         self.failing = False
         """Answers 500."""
+        self.silent = False
+        """Takes requests and says nothing."""
         self.refusing: Callable[[str, Kind, str], Refused | None] = lambda verb, kind, name: None
         self.bookmark_seconds = 0.2
         self.asked: list[tuple[str, Kind, str]] = []
@@ -70,6 +72,8 @@ class FakeApi:
         watching = request.query.get("watch") == "true"
         verb = VERBS.get(request.method, "watch" if watching else "get" if name else "list")
         self.asked.append((verb, kind, name))
+        if self.silent:
+            await self._hang_up.wait()
         if self.throttled is not None:
             refused = Refused(429, "TooManyRequests", "too many requests, please try again later")
             return _status(refused, {"Retry-After": str(self.throttled)})

@@ -157,6 +157,8 @@ async def test_replicas_on_gpus_that_the_driver_hides_are_not_lost_while_the_nod
     seen = await world.up_to_date(actuator)
     assert {gpu.name: gpu.cordoned for gpu in seen.gpus or ()} == {"n0/gpu-0": False, "n0/gpu-1": True}
     assert any("n0/gpu-1" in problem for problem in seen.problems)
+    await world.api.store.remove(SLICES, "n0-gpu.nvidia.com")
+    assert [gpu.name for gpu in (await world.up_to_date(actuator)).gpus or ()] == ["n0/gpu-1"]
 
 
 def test_of_a_pool_the_newest_generation_counts_and_parts_of_gpus_do_not() -> None:

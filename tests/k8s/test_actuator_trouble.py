@@ -147,6 +147,23 @@ async def test_an_act_that_is_broken_off_is_finished_by_the_next_plan(world: Act
     assert running(world).keys() == {"a-0", "a-1"}
 
 
+@pytest.mark.parametrize("trouble", ["failing", "silent", "down"])
+async def test_an_api_server_that_fails_or_hangs_or_is_down_is_tried_again(
+    world: Acting, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.autoscaler.kubernetes.api.TIMEOUT_SECONDS", 0.5)
+    actuator = await world.actuator([TWO])
+    setattr(world.api, trouble, True)
+    with pytest.raises(TemporaryError, match="500|no answer in time|does not answer"):
+        await actuator.act([start(TWO, ["n0/0"])], [])
+    setattr(world.api, trouble, False)
+    world.api.break_off()
+    await eventually(lambda: leads(actuator), "it does not come back")
+    await world.up_to_date(actuator)
+    await actuator.act([start(TWO, ["n0/0"])], [])
+    assert world.cluster.pods().keys() == {"a-0"}
+
+
 async def test_throttling_is_obeyed(world: Acting) -> None:
     actuator = await world.actuator([TWO])
     world.api.throttled = 1

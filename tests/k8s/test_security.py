@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
-from tests.k8s.manifests import OVERLAYS, Object, Pods, matches, named, of_kind, workloads
+from tests.k8s.manifests import OVERLAYS, ROOT, Object, Pods, matches, named, of_kind, workloads
 from tests.k8s.test_objects import WITH_DCGM
 
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
@@ -17,7 +20,7 @@ PROMETHEUS = {"app.kubernetes.io/name": "prometheus"}
 OUTSIDE = (CLIENT, ONLOOKER, PROMETHEUS)
 """Pods that policies name and that need not be in the overlay."""
 TOKENS = {
-    "autoscaler": "makes, marks and ends pods and their claims",
+    "autoscaler": "makes and ends pods and their claims",
     "prometheus": "asks which pods there are, to read their metrics",
 }
 """Who speaks to the API server, and why."""
@@ -77,6 +80,12 @@ def test_prometheus_may_look_at_pods_of_its_namespace_and_of_the_gpu_operators(o
         assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}]
 
 
+def _autoscaler(overlay: str) -> dict[str, Any]:
+    """Its configuration; empty: the overlay has none."""
+    files = [found["data"].get("autoscaler.toml", "") for found in of_kind(overlay, "ConfigMap")]
+    return tomllib.loads("".join(files))
+
+
 def bindings(overlay: str) -> list[Object]:
     return [*of_kind(overlay, "RoleBinding"), *of_kind(overlay, "ClusterRoleBinding")]
 
@@ -92,6 +101,29 @@ def test_roles_name_what_they_allow_and_change_nothing_outside_of_the_namespace(
                 assert set(rule["verbs"]) <= {"get", "list", "watch"}
     for binding in bindings(overlay):
         assert named(overlay, binding["roleRef"]["kind"], binding["roleRef"]["name"])
+
+
+@every_overlay
+def test_the_autoscaler_may_do_what_its_documentation_names_and_no_more(overlay: str) -> None:
+    """What the actuator really asks for is compared with the same table in test_actuator."""
+    text = (ROOT / "docs" / "autoscaler.md").read_text().partition("**What it may do**")[2].partition("## Limits")[0]
+    rows = re.findall(r"^\| ([a-z]+) \| ([a-z, ]+) \| (.+) \|$", text, re.MULTILINE)
+    mode = _autoscaler(overlay).get("kubernetes", {}).get("mode", "")
+    wanted = {
+        name: set(verbs.split(", "))
+        for name, verbs, where in rows
+        if name != "resource" and ("`dra`" not in where or mode == "dra")
+    }
+    allowed_verbs: dict[str, set[str]] = {}
+    for binding in bindings(overlay):
+        if "autoscaler" not in [subject["name"] for subject in binding["subjects"]]:
+            continue
+        role = named(overlay, binding["roleRef"]["kind"], binding["roleRef"]["name"])
+        assert role is not None
+        for rule in role["rules"]:
+            for resource in rule["resources"]:
+                allowed_verbs.setdefault(resource, set()).update(rule["verbs"])
+    assert allowed_verbs == (wanted if mode else {})
 
 
 @every_overlay

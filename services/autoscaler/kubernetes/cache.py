@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 PAGE = 500
 LONGEST_PAUSE = 10.0
+SHORTEST_WATCH = 0.5
 GRACE_SECONDS = 10.0
 """A watch that the API server has not ended so long after it should have is dead."""
 
@@ -63,8 +64,11 @@ class Cache:
             try:
                 if not self._version:
                     await self._list()
+                began = time.monotonic()
                 await self._watch()
                 failures = 0
+                # A proxy may end every watch at once, which is no reason to ask for the next one as fast as that.
+                await asyncio.sleep(max(0.0, SHORTEST_WATCH - (time.monotonic() - began)))
             except ApiError as error:
                 failures += 1
                 self._trouble = str(error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from services.autoscaler.kubernetes.config import KubernetesConfig
@@ -45,6 +45,8 @@ class Inventory:
     devices: Mapping[str, Device] = field(default_factory=dict)
     """By GPU; mode dra only."""
     problems: tuple[str, ...] = ()
+    nodes: frozenset[str] = frozenset()
+    """Those that are ready, or were a moment ago, whether or not they show GPUs."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +70,20 @@ def inventory(
     for node in usable:
         found = _of_cpu(node) if config.mode == "cpu" else _of_plugin(node, types, config, problems)
         gpus.extend(found)
-    return Inventory(tuple(gpus), {}, tuple(problems))
+    return Inventory(tuple(gpus), {}, tuple(problems), frozenset(node.name for node in usable))
 
 
 def with_hidden(found: Inventory, replicas: Iterable[Replica], nodes: Mapping[str, str]) -> Inventory:
     """Add, cordoned, GPUs that replicas use and that are not shown for the moment. `nodes`: by replica, its node."""
     known = {gpu.name for gpu in found.gpus}
-    ready = {gpu.node for gpu in found.gpus}
     hidden = {
         gpu: Gpu(gpu, nodes[replica.name], replica.shape.memory_gib, cordoned=True)
         for replica in replicas
         for gpu in replica.gpus
-        if gpu not in known and nodes.get(replica.name) in ready
+        if gpu not in known and nodes.get(replica.name) in found.nodes
     }
     problems = [f"GPU {name} has replicas and is not shown by its driver" for name in sorted(hidden)]
-    return Inventory((*found.gpus, *hidden.values()), found.devices, (*found.problems, *problems))
+    return replace(found, gpus=(*found.gpus, *hidden.values()), problems=(*found.problems, *problems))
 
 
 def _ours(node: Object, config: KubernetesConfig) -> bool:
@@ -175,7 +176,8 @@ def _devices(
                 _value(attributes, config.device_attribute, config.driver), frozenset(capacity),
                 bool(one.get("allowMultipleAllocations")),
             )  # fmt: skip
-    return Inventory(tuple(gpus[name] for name in sorted(gpus)), devices, tuple(problems))
+    found = tuple(gpus[name] for name in sorted(gpus))
+    return Inventory(found, devices, tuple(problems), frozenset(cordoned))
 
 
 def _newest(slices: Iterable[Object], driver: str) -> list[Object]:
