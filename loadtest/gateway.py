@@ -124,22 +124,56 @@ class Client:
         return str((await self.call(connection, "create_sampling_session", body))["sampling_session_id"])
 
 
+class OnePoll:
+    """Waits for all samples of a sampler with one poll, as a client does when the gateway asks it to."""
+
+    def __init__(self, client: Client, connection: Connection, sampler: str) -> None:
+        self._client, self._connection = client, connection
+        self._target = {"type": "sampling_session", "sampling_session_id": sampler, "cloned_sampler_id": 0}
+        self._done: dict[str, asyncio.Event] = {}
+
+    async def keep(self) -> None:
+        """Poll for ever."""
+        cursor = 0
+        while True:
+            asked = {"target": self._target, "prev_cursor": cursor, "retrieved_request_ids": []}
+            answer = await self._client.call(self._connection, "retrieve_futures", asked)
+            cursor = answer["cursor"]
+            for completion in answer["completions"]:
+                self._event(completion["request_id"]).set()
+
+    async def wait(self, request_id: str) -> None:
+        """Return once a request is answered."""
+        await self._event(request_id).wait()
+        del self._done[request_id]
+
+    def _event(self, request_id: str) -> asyncio.Event:
+        return self._done.setdefault(request_id, asyncio.Event())
+
+
 # -- the two measurements --------------------------------------------------------------------------------------------
 
 
-async def rate(client: Client, gateway: psutil.Process, *, concurrency: int, seconds: float) -> Rate:
-    """Submit and fetch on each of `concurrency` connections, one sample after another."""
+async def rate(
+    client: Client, gateway: psutil.Process, *, concurrency: int, seconds: float, one_poll: bool = False
+) -> Rate:
+    """Submit and fetch on each of `concurrency` connections, one sample after another.
+
+    `one_poll`: wait for all of them with one poll and fetch what it names, rather than with a poll for each.
+    """
     connections = [await client.connection() for _ in range(concurrency)]
     session = (await client.call(connections[0], "create_session", {"tags": [], "sdk_version": "0.38.0"}))["session_id"]
     sampler = await client.sampler(connections[0], session, 0, ECHO)
     latencies: list[float] = []
     numbers = iter(range(10**9))
+    poll = OnePoll(client, await client.connection(), sampler) if one_poll else None
+    polling = asyncio.create_task(poll.keep()) if poll is not None else None
     ends = time.perf_counter() + WARM_SECONDS
 
     async def ask(connection: Connection) -> None:
         while time.perf_counter() < ends:
             started = time.perf_counter()
-            await _sample(client, connection, sampler, next(numbers))
+            await _sample(client, connection, sampler, next(numbers), poll)
             latencies.append(time.perf_counter() - started)
 
     await asyncio.gather(*map(ask, connections))
@@ -148,6 +182,8 @@ async def rate(client: Client, gateway: psutil.Process, *, concurrency: int, sec
     ends = began + seconds
     await asyncio.gather(*map(ask, connections))
     took, cpu = time.perf_counter() - began, _cpu(gateway) - used
+    if polling is not None:
+        polling.cancel()
     for connection in connections:
         connection.close()
     count = len(latencies)
@@ -193,8 +229,10 @@ async def waiting(client: Client, gateway: psutil.Process, *, polls: int, second
     return Waiting(polls, took, len(latencies), p50 * 1e3, p99 * 1e3, worst * 1e3, answered, cpu / took)
 
 
-async def _sample(client: Client, connection: Connection, sampler: str, number: int) -> None:
+async def _sample(client: Client, connection: Connection, sampler: str, number: int, poll: OnePoll | None) -> None:
     body = await _submit(client, connection, sampler, number)
+    if poll is not None:
+        await poll.wait(json.loads(body)["request_id"])
     status, answer = await connection.post(client.request("retrieve_future", body, Accept="application/x-protobuf"))
     if status != 200 or len(answer) < NEW_TOKENS * 8:
         raise RuntimeError(f"a poll was answered with {status}: {answer!r}")
@@ -324,7 +362,13 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         async with running(Path(name), arguments.pin) as (client, gateway, bus):
             found: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), **_place(arguments.pin)}
             if arguments.seconds:
-                done = await rate(client, gateway, concurrency=arguments.concurrency, seconds=arguments.seconds)
+                done = await rate(
+                    client,
+                    gateway,
+                    concurrency=arguments.concurrency,
+                    seconds=arguments.seconds,
+                    one_poll=arguments.one_poll,
+                )
                 found["rate"] = asdict(done)
                 await bus.purge(topology.SAMPLES, pool=ECHO)
                 print(_rate_row(done), flush=True)
@@ -367,6 +411,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m loadtest.gateway", description=__doc__)
     parser.add_argument("--seconds", type=float, default=20.0, help="of the rate; 0: leave it out")
     parser.add_argument("--concurrency", type=int, default=128)
+    parser.add_argument("--one-poll", action="store_true", help="wait for all samples with one poll (retrieve_futures)")
     parser.add_argument("--polls", type=int, default=2000, help="0: leave them out")
     parser.add_argument("--poll-seconds", type=float, default=40.0, help="longer than a poll is held")
     parser.add_argument("--pin", type=int, help="the core that the gateway has for itself")

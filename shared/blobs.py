@@ -110,6 +110,19 @@ class BlobStore:
             raise PermanentError(f"blob {ref.key!r} in {self.url} is not what was written: its checksum differs")
         return content
 
+    async def read(self, ref: BlobRef, begin: int, length: int) -> bytes:
+        """Read a part of a blob, for whoever does not want all of it in memory. Raise as `get`, but nothing is checked.
+
+        The part may be shorter where the blob is damaged.
+        """
+        try:
+            part = await asyncio.to_thread(obstore.get_range, self._store, ref.key, start=begin, length=length)
+        except FileNotFoundError:
+            raise PermanentError(f"blob {ref.key!r} is missing from {self.url}") from None
+        except (BaseError, OSError) as error:
+            raise TemporaryError(f"blob {ref.key!r} cannot be read from {self.url}: {_first_line(error)}") from None
+        return bytes(part)
+
     async def copy(self, ref: BlobRef, key: str) -> BlobRef:
         """Write a blob again under another key, without reading it here. Raise as `get` and `put` do."""
         try:

@@ -31,7 +31,8 @@ from shared.blobs import Blobs, checksum
 from shared.contracts.blobs import BlobRef
 from shared.contracts.results import DeadLetter, RequestFailed, Result
 from shared.errors import MeshError, PermanentError, StorageFull, TemporaryError, UserError, failure_of
-from shared.tables import AWAY, CLOSED, Stored, Table, check_size, stored
+from shared.scans import Stored, scan
+from shared.tables import AWAY, CLOSED, Table, check_size, stored
 from shared.topology import Bucket, Channel, Kept
 
 T = TypeVar("T")
@@ -65,6 +66,8 @@ class Delivery(Generic[T]):
     """How often it was given out, this time included."""
     json: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
+    time: float = 0.0
+    """When the stream stored it, in seconds since the epoch; 0: not told."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,7 @@ class Bus:
                 if on_unreadable is not None:
                     await on_unreadable(raw, error)
                 continue
-            yield Delivery(message, raw.subject, raw.seq, json=json, headers=raw.headers)
+            yield Delivery(message, raw.subject, raw.seq, json=json, headers=raw.headers, time=raw.time)
 
     async def read(self, stream: str, subject: str, *, after: int = 0) -> AsyncIterator[Stored]:
         """Messages as bytes, of a stream on a subject (wildcards allowed), in order, for ever."""
@@ -294,6 +297,23 @@ class Bus:
         finally:
             with contextlib.suppress(ConnectionClosedError):
                 await subscription.unsubscribe()
+
+    async def scan(
+        self, channel: Channel[T], *, since: float | None = None, **parts: str
+    ) -> AsyncIterator[Delivery[T]]:
+        """The messages of a channel that are there now, oldest first; `since`: only those stored then or later.
+
+        Without `parts`, the messages of all its subjects. What cannot be decoded, or whose body is gone, is logged and
+        passed over. Raise `TemporaryError`.
+        """
+        subject = channel.subject(**parts) if parts else channel.pattern
+        async for raw in scan(self.client, channel.stream.name, subject, since=since):
+            try:
+                message, json = await self.open(channel, raw.body, raw.headers)
+            except PermanentError as error:
+                log.warning("message %d on %s is passed over: %s", raw.seq, raw.subject, error)
+                continue
+            yield Delivery(message, raw.subject, raw.seq, json=json, headers=raw.headers, time=raw.time)
 
     async def open(self, channel: Channel[T], body: bytes, headers: Mapping[str, str]) -> tuple[T, bool]:
         """Decode a body, fetched from the blob store first if it lies there. Returns the message and if it was JSON."""

@@ -73,6 +73,18 @@ def blobs_of(record: CheckpointRecord) -> list[BlobRef]:
     return [*([record.state] if record.state is not None else []), *record.files.values()]
 
 
+def details_of(record: CheckpointRecord) -> dict[str, Any]:
+    """A checkpoint in the details of an audit entry; with what its use is counted by once the record is gone."""
+    return {
+        "model_id": record.key.run,
+        "tinker_path": path_of(record.key),
+        "owner": record.owner,
+        "base_model": record.base_model,
+        "size": record.size,
+        "created": record.created,
+    }
+
+
 def key_in_bucket(key: CheckpointKey) -> tuple[str, str, str]:
     """Where the `checkpoints` bucket has it."""
     return key.run, key.kind, key.name

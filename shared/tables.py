@@ -21,6 +21,7 @@ from nats.js import errors as js_errors
 
 from shared import wire
 from shared.errors import MeshError, PermanentError, StorageFull, TemporaryError
+from shared.scans import Stored, scan
 from shared.topology import Bucket, token, untoken
 
 if TYPE_CHECKING:
@@ -62,21 +63,6 @@ class Change(Generic[T]):
     key: tuple[str, ...]
     value: T | None
     revision: int
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A message of a stream as bytes."""
-
-    subject: str
-    seq: int
-    body: bytes
-    headers: Mapping[str, str]
-
-    @property
-    def msg_id(self) -> str:
-        """The id that its publisher gave it; empty: none."""
-        return self.headers.get(api.Header.MSG_ID.value, "")
 
 
 def stored(raw: api.RawStreamMsg) -> Stored:
@@ -130,19 +116,14 @@ class Table(Generic[T]):
         """
         subject = self._prefix + "".join(f"{token(part)}." for part in _key(within)) + ">"
         found: dict[tuple[str, ...], Entry[T]] = {}
-        place = 0
-        while True:
-            try:
-                item = await self._read(subject, seq=place + 1, next=True)
-            except js_errors.NotFoundError:
-                return list(found.values())
-            place = item.seq
+        async for item in scan(self._bus.client, self._stream, subject):
             if (change := self._change(item)) is None:
                 continue
             # Seen before if it was written again meanwhile: the newest counts, at its new place.
             found.pop(change.key, None)
             if change.value is not None:
-                found[change.key] = Entry(change.key, change.value, place)
+                found[change.key] = Entry(change.key, change.value, item.seq)
+        return list(found.values())
 
     async def keys(self) -> set[tuple[str, ...]]:
         """The keys of all entries, in one question. One that was deleted may still be among them until it expires.
@@ -156,6 +137,13 @@ class Table(Generic[T]):
                 f"bucket {self._bucket.name} does not answer: {error or type(error).__name__}"
             ) from None
         return {self._key_of(subject) for subject in info.state.subjects or {}}
+
+    async def revision(self) -> int:
+        """Of the newest entry, or deletion, of the whole bucket. 0: there was none yet."""
+        try:
+            return (await self._read(f"{self._prefix}>")).seq
+        except js_errors.NotFoundError:
+            return 0
 
     async def put(self, key: Key, value: T) -> int:
         """Write, whatever was there. Returns the revision."""
@@ -196,9 +184,18 @@ class Table(Generic[T]):
 
         What cannot be decoded is logged and passed over: one bad entry must not stop whoever follows all of them.
         """
-        async for raw in self._bus.read(self._stream, f"{self._prefix}>", after=after):
-            if (change := self._change(raw)) is not None:
+        async for _, change in self.follow(after=after):
+            if change is not None:
                 yield change
+
+    async def follow(self, *, after: int = 0) -> AsyncIterator[tuple[int, Change[T] | None]]:
+        """As `changes`, with each revision, also that of an entry that cannot be decoded (None)."""
+        subject = f"{self._prefix}>"
+        async for raw in scan(self._bus.client, self._stream, subject, after=after):
+            after = raw.seq
+            yield raw.seq, self._change(raw)
+        async for raw in self._bus.read(self._stream, subject, after=after):
+            yield raw.seq, self._change(raw)
 
     def _change(self, raw: Stored) -> Change[T] | None:
         try:

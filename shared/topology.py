@@ -19,7 +19,7 @@ from shared.contracts.jobs import ControlJob, JobChanged, JobProgressed, JobReco
 from shared.contracts.placement import NodeRecord, PlacementRecord, PlanRecord, ScalingDecided
 from shared.contracts.policies import PolicyPublished, PolicyRecord, PolicyRef
 from shared.contracts.replicas import ReplicaRecord
-from shared.contracts.results import DeadLetter, DeliveryMark, Result
+from shared.contracts.results import DeadLetter, DeliveryMark, Result, ResultTiming
 from shared.contracts.sampling import SampleRequest
 from shared.contracts.sessions import Heartbeat, RunActivity, SamplerRecord, SessionRecord
 from shared.contracts.tenants import Audited, KeyRecord, TenantRecord, UsageRecorded
@@ -184,6 +184,8 @@ GROUPS = Channel[PlayGroup]("groups", "rl.v1.episodes.{environment}", PlayGroup,
 PLAYED = Channel[ScoreGroup]("played", "rl.v1.scores.{reward}", ScoreGroup, SCORES)
 SCORED = Channel[GroupScored]("scored", "rl.v1.rollouts.{job}", GroupScored, ROLLOUTS)
 ANSWERS = Channel[Result]("answers", "rl.v1.results.{request}", Result, RESULTS)
+TIMINGS = Channel[ResultTiming]("timings", "rl.v1.results.{session}.>", ResultTiming, RESULTS)
+"""The answers to all requests of a session, read for their times."""
 POLICIES_PUBLISHED = Channel[PolicyPublished](
     "policies", "rl.v1.events.policy.{run}", PolicyPublished, EVENTS, json=True
 )
@@ -333,7 +335,9 @@ NODES = Bucket("nodes", NodeRecord, ttl=10.0)
 PLANS = Bucket("plans", PlanRecord)
 ALIASES = Bucket("aliases", str)
 """Other names of models: alias to the name under which the model is served."""
+SECRETS = Bucket("secrets", str)
+"""What the replicas of a service sign with, by service."""
 BUCKETS: tuple[Bucket[Any], ...] = (
     RUNS, JOB_RECORDS, SUBMISSIONS, POLICIES, LEASES, REPLICAS, DELIVERIES, CHECKPOINTS, INFLIGHT, SESSIONS,
-    HEARTBEATS, SAMPLERS, ACTIVITY, TENANTS, KEYS, PLACEMENTS, NODES, PLANS, ALIASES,
+    HEARTBEATS, SAMPLERS, ACTIVITY, TENANTS, KEYS, PLACEMENTS, NODES, PLANS, ALIASES, SECRETS,
 )  # fmt: skip

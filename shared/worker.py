@@ -31,7 +31,7 @@ from shared.bus import BLOB_HEADER, REQUEST_HEADER, Bus, Delivery
 from shared.chances import Chances, TooOften
 from shared.errors import MeshError, PermanentError, TemporaryError, failure_of
 from shared.queues import queue_of
-from shared.tables import Stored
+from shared.scans import Stored
 from shared.tasks import cancelled
 from shared.topology import Consumer, Kept
 

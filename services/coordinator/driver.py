@@ -38,7 +38,7 @@ from shared.contracts.results import Result
 from shared.contracts.training import AnyOperation, OperationResult
 from shared.errors import MeshError
 from shared.node import Node
-from shared.tables import Stored
+from shared.scans import Stored
 from shared.tasks import Tasks, cancelled
 
 log = logging.getLogger(__name__)

@@ -18,11 +18,14 @@ from services.coordinator.housekeeping import Removals, Rules, Seen, Since, remo
 from services.coordinator.metrics import CoordinatorMetrics
 from services.coordinator.removal import close_run, delete_policy
 from shared import topology
-from shared.checkpoints import Checkpoints, path_of
+from shared.checkpoints import Checkpoints, details_of, path_of
+from shared.contracts.checkpoints import CheckpointRecord
 from shared.contracts.policies import PolicyRef
+from shared.contracts.tenants import Audited
 from shared.errors import MeshError
 from shared.leases import Key, Leases
 from shared.node import Node
+from shared.tables import Entry
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +99,7 @@ class Janitor:
 
     async def _remove(self, due: Removals) -> None:
         for checkpoint in due.expired:
-            key = checkpoint.value.key
-            deleting = self._checkpoints.delete(key, revision=checkpoint.revision)
-            await self._done("expired checkpoint", path_of(key), deleting)
+            await self._done("expired checkpoint", path_of(checkpoint.value.key), self._expire(checkpoint))
         for session in due.lapsed:
             await self._done("lapsed session", session, self._end(session))
         for run in due.runs:
@@ -119,6 +120,14 @@ class Janitor:
         else:
             self._metrics.removed.labels(what).inc()
             log.info("%s %s was put away", what, name)
+
+    async def _expire(self, checkpoint: Entry[CheckpointRecord]) -> None:
+        record = checkpoint.value
+        if not await self._checkpoints.delete(record.key, revision=checkpoint.revision):
+            return
+        details = details_of(record)  # the bill for the hours in which it was there is made from these
+        entry = Audited(at=time.time(), owner=record.owner, event="checkpoint_expired", details=details)
+        await self._node.bus.publish(topology.AUDITS, entry, owner=record.owner)
 
     async def _end(self, session: str) -> None:
         entry = await self._sessions.get(session)

@@ -105,16 +105,19 @@ def _decoded(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
 
 
 async def _send(send: Send, answer: Answer) -> None:
-    headers = [
-        (b"content-type", answer.media_type.encode()),
-        (b"content-length", str(len(answer.content)).encode()),
-    ]
-    if answer.status == 204:
-        headers.clear()
-    for name, value in (answer.headers or {}).items():
-        headers.append((name.lower().encode(), value.encode()))
-    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    await send({"type": "http.response.body", "body": answer.content})
+    headers = {name.lower(): value for name, value in (answer.headers or {}).items()}
+    if answer.status != 204:
+        headers.setdefault("content-type", answer.media_type)
+        if answer.chunks is None:
+            headers["content-length"] = str(len(answer.content))
+    listed = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": answer.status, "headers": listed})
+    if answer.chunks is not None:
+        # Whatever fails from here on cannot be told any more: the server cuts the connection, and logs why.
+        await send({"type": "http.response.body", "body": answer.content, "more_body": True})
+        async for chunk in answer.chunks:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+    await send({"type": "http.response.body", "body": b"" if answer.chunks else answer.content})
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -20,6 +20,10 @@ from shared.tasks import Tasks
 
 JWT_BEGINS = "eyJ"
 MOST_REMEMBERED = 10_000
+ORGANIZATION = "openrl"
+"""Everybody of a mesh belongs to it."""
+USER_URN = "tml:organization_user:"
+"""What stands before a tenant's name where clients name users."""
 _HOW = "set TINKER_API_KEY to a key that `openrl key create` made"
 
 
@@ -47,6 +51,8 @@ class Callers:
         self._tenants: Mirror[TenantRecord] = Mirror(bus.table(topology.TENANTS))
         self._signer = signer
         self._digests: dict[bytes, str] = {}
+        self._tokens: dict[str, tuple[str, float]] = {}
+        """The digest that a good token stands for, and until when, in seconds since the epoch."""
 
     async def start(self, tasks: Tasks) -> None:
         """Know all keys and tenants."""
@@ -66,7 +72,7 @@ class Callers:
 
     def token(self, caller: Caller) -> str:
         """A short-lived token in place of a caller's key; it ends with the key."""
-        identity = {"sub": caller.key_id, "org_id": caller.tenant, "email": f"{caller.key_id}@{caller.tenant}"}
+        identity = {"sub": user_urn(caller.tenant), "org_id": ORGANIZATION, "email": ""}  # nobody has an address here
         return self._signer.token({**identity, "iss": "passport-openrl", "key": caller.digest})
 
     def limits(self, tenant: str) -> TenantLimits:
@@ -84,13 +90,24 @@ class Callers:
             raise Unauthorized(f"the API key {record.id} has expired: {_HOW}")
         return Caller(record.tenant, record.id, digest, record.project, record.admin)
 
+    def _digest_in(self, token: str) -> str:
+        """The digest of the key that a token stands for. Its signature is looked at once."""
+        digest, until = self._tokens.get(token, ("", 0.0))
+        if until > time.time():
+            return digest
+        claims = self._signer.claims(token)
+        if claims is None:
+            raise Unauthorized("the token is not one of this gateway, or is too old: exchange the API key again")
+        if len(self._tokens) >= MOST_REMEMBERED:
+            self._tokens.clear()
+        digest = str(claims.get("key", ""))
+        self._tokens[token] = digest, float(claims["exp"])
+        return digest
+
     def _digest(self, credential: bytes) -> str:
         text = credential.decode("latin-1").strip()
         if text.startswith(JWT_BEGINS):
-            claims = self._signer.claims(text)
-            if claims is None:
-                raise Unauthorized("the token is not one of this gateway, or is too old: exchange the API key again")
-            return str(claims.get("key", ""))
+            return self._digest_in(text)
         if (known := self._digests.get(credential)) is not None:
             return known
         if len(self._digests) >= MOST_REMEMBERED:
@@ -98,6 +115,11 @@ class Callers:
         digest = hashlib.sha256(text.encode()).hexdigest()
         self._digests[credential] = digest
         return digest
+
+
+def user_urn(tenant: str) -> str:
+    """How clients name a tenant."""
+    return f"{USER_URN}{tenant}"
 
 
 def _bearer(value: bytes) -> bytes:

@@ -14,7 +14,7 @@ class GatewayConfig(ServiceConfig, frozen=True, kw_only=True):
     """Where clients connect, on `host`. 0: a free one."""
     secret_file: str = ""
     """File with the secret that signs short-lived tokens and download links, the same for all gateways of a mesh.
-    Empty: a secret of this process alone, so that another gateway refuses what this one has signed."""
+    Empty: a secret that they share on the bus, where whoever may read the bus sees it."""
     public_url: str = ""
     """How clients reach the gateway, for links. Empty: as the request for the link came."""
     local_files: bool = True
@@ -49,5 +49,6 @@ class GatewayConfig(ServiceConfig, frozen=True, kw_only=True):
     """Have clients compress training data: it shrinks to a tenth, at little cost on either side."""
     poll_for_many: bool = False
     """Have sampling clients wait with one poll for all samples, rather than one each. See docs/benchmarks.md."""
-    exchange_keys: bool = False
-    """Have clients exchange their key for a short-lived token, which costs them a request at the start."""
+    exchange_keys: bool = True
+    """Have clients exchange their key for a short-lived token, which costs them a request at the start and every few
+    minutes. Without it they cannot tell who they are (`whoami`), since they read that from the token."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,7 @@ from shared.blobs import BlobStore
 from shared.bus import Bus
 from shared.contracts.checkpoints import CheckpointRecord
 from shared.contracts.policies import PolicyRef
+from shared.contracts.sessions import RunActivity, SamplerRecord, SessionRecord
 from shared.contracts.tenants import Audited, TenantLimits
 from shared.contracts.training import RunRecord
 from shared.tasks import Tasks
@@ -44,15 +45,20 @@ class Gateway:
     in_flight: InFlight
     metrics: GatewayMetrics
     runs: Mirror[RunRecord]
+    sessions: Mirror[SessionRecord]
+    samplers: Mirror[SamplerRecord]
+    run_activity: Mirror[RunActivity]
     checkpoints: Mirror[CheckpointRecord]
     inflight_policies: Mirror[PolicyRef]
+    compared: dict[str, None] = field(default_factory=dict)
+    """Blobs that were found to be what was written, oldest first."""
     activity: dict[str, float] = field(default_factory=dict)
     """When it was last written down that a run was used."""
 
     @property
     def closing(self) -> bool:
         """Whether this gateway is being stopped."""
-        return self.hub.closed
+        return self.hub.closing.is_set()
 
     def limits_of(self, tenant: str) -> TenantLimits:
         """What a tenant may have at the same time: its record's limits, and the configuration's where it has none."""
@@ -105,6 +111,9 @@ class Answer:
     media_type: str = "application/json"
     status: int = 200
     headers: Mapping[str, str] | None = None
+    chunks: AsyncIterator[bytes] | None = None
+    """Sent behind `content` as they come. If they fail half-way, the connection is cut: the client sees that it has
+    not got all. With a `Content-Length` among the headers, as long as that says."""
 
 
 NOTHING = Answer(status=204)

@@ -7,6 +7,7 @@
     ├── Gone (410)            it is over: clients stop asking, or ask for the sample again
     ├── Late (408)            clients send it again
     ├── TooLarge (413)
+    ├── NotSatisfiable (416)  a range of bytes that is not there
     └── TooMany (429)         clients try again after a while
     TemporaryError (503)      clients try again
     anything else (500)       ours
@@ -46,6 +47,15 @@ class TooLarge(UserError):
     """More bytes than are taken."""
 
 
+class NotSatisfiable(UserError):
+    """A range that lies behind the end of a file."""
+
+    def __init__(self, message: str, size: int) -> None:
+        """`size`: the file's, in bytes."""
+        super().__init__(message)
+        self.size = size
+
+
 class TooMany(UserError):
     """The caller is at a limit."""
 
@@ -62,6 +72,7 @@ _STATUS: Mapping[type[Exception], int] = {
     Gone: 410,
     Late: 408,
     TooLarge: 413,
+    NotSatisfiable: 416,
     TooMany: 429,
     UserError: 400,
     TemporaryError: 503,
@@ -80,6 +91,8 @@ def headers_of(error: Exception) -> dict[str, str]:
     """The headers that belong to an error."""
     if isinstance(error, (TooMany, TemporaryError)):
         return {"Retry-After": str(max(1, math.ceil(error.delay)))}
+    if isinstance(error, NotSatisfiable):
+        return {"Content-Range": f"bytes */{error.size}"}
     if isinstance(error, Unauthorized):
         return {"WWW-Authenticate": 'Bearer error="invalid_token"'}
     return {}

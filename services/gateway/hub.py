@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from services.gateway.limits import InFlight
 from shared.bus import REQUEST_HEADER, Bus
 from shared.errors import TemporaryError
-from shared.tables import Stored
+from shared.scans import Stored
 from shared.tasks import Tasks
 
 log = logging.getLogger(__name__)
@@ -61,8 +61,8 @@ class Hub:
         self._waiting: dict[str, list[asyncio.Future[Stored | None]]] = {}
         self._kept: OrderedDict[str, Stored] = OrderedDict()
         self._kept_bytes = 0
-        self.closed = False
-        """Once the gateway stops."""
+        self.closing = asyncio.Event()
+        """Set once the gateway stops."""
 
     @property
     def waiting(self) -> int:
@@ -106,7 +106,7 @@ class Hub:
 
     async def close(self) -> None:
         """End all waiting: whoever polls is told to try again, elsewhere or later."""
-        self.closed = True
+        self.closing.set()
         self._look()
         for session in list(self._sessions):
             await self._drop(session)
@@ -120,7 +120,7 @@ class Hub:
             if (found := await self._look_up(request)) is not None:
                 return found
             patience = min(LOOK_AGAIN, seconds)
-        while not self.closed:
+        while not self.closing.is_set():
             found = await self._woken(request, patience) or await self._look_up(request)
             patience = give_up - time.monotonic()
             if found is not None or patience <= 0:
@@ -142,7 +142,7 @@ class Hub:
                 del self._waiting[request]
 
     async def _look_up(self, request: str) -> Stored | None:
-        if self.closed:
+        if self.closing.is_set():
             return None
         found = await self._bus.stored_answer(request)
         if found is not None:

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | requests | HTTP on `port` | one direct answer of the bus; polls: a result | the bus; a worker that answers |
 | results, one a session in use | `rl.v1.results.SESSION.>` | nothing | a worker that answers |
-| mirrors | buckets keys, tenants, aliases, replicas, runs, checkpoints, inflight | nothing | a change |
+| mirrors | all buckets of what clients own, keys, tenants, aliases, replicas | nothing | a change |
 | sessions in use | - | a second | the clock |
 """
 
@@ -58,9 +58,13 @@ class GatewayService:
     async def start(self) -> None:
         """Know keys and models, then take requests."""
         gateway, tasks = self._gateway, self._node.tasks
+        await gateway.signer.agree(gateway.bus.table(topology.SECRETS))
         await gateway.callers.start(tasks)
         await gateway.models.start(tasks)
         await gateway.runs.start(tasks, "runs")
+        await gateway.sessions.start(tasks, "sessions")
+        await gateway.samplers.start(tasks, "samplers")
+        await gateway.run_activity.start(tasks, "activity")
         await gateway.checkpoints.start(tasks, "checkpoints")
         await gateway.inflight_policies.start(tasks, "policies in flight")
         gateway.hub.start(tasks)
@@ -96,6 +100,9 @@ def make_gateway(config: GatewayConfig, node: Node) -> Gateway:
         in_flight=in_flight,
         metrics=metrics,
         runs=Mirror(bus.table(topology.RUNS)),
+        sessions=Mirror(bus.table(topology.SESSIONS)),
+        samplers=Mirror(bus.table(topology.SAMPLERS)),
+        run_activity=Mirror(bus.table(topology.ACTIVITY)),
         checkpoints=Mirror(bus.table(topology.CHECKPOINTS)),
         inflight_policies=Mirror(bus.table(topology.INFLIGHT)),
     )

@@ -12,10 +12,13 @@ from typing import Any
 import jwt
 
 from shared.errors import UserError
+from shared.tables import Table
 
 ALGORITHM = "HS256"
 LEAST_SECRET = 32
 TOKEN_SECONDS = 900.0
+SHARED = "gateway"
+"""Key of the shared secret."""
 
 
 class Signer:
@@ -26,16 +29,28 @@ class Signer:
         if len(secret) < LEAST_SECRET:
             raise UserError(f"the gateway's secret has {len(secret)} bytes: give it {LEAST_SECRET} or more random ones")
         self._secret = secret
+        self._is_given = True
 
     @classmethod
     def of(cls, secret_file: str) -> Signer:
-        """A signer with the secret in a file; without a file, with a new one. Raise `UserError`."""
+        """A signer with the secret in a file; without a file, see `agree`. Raise `UserError`."""
         if not secret_file:
-            return cls(secrets.token_bytes(LEAST_SECRET))
+            signer = cls(secrets.token_bytes(LEAST_SECRET))
+            signer._is_given = False
+            return signer
         try:
             return cls(Path(secret_file).read_bytes().strip())
         except OSError as error:
             raise UserError(f"secret_file {secret_file} cannot be read: {error.strerror}") from None
+
+    async def agree(self, table: Table[str]) -> None:
+        """Unless there is a file: take the secret that the gateways of this mesh share, or make it."""
+        if self._is_given:
+            return
+        await table.create(SHARED, secrets.token_hex(LEAST_SECRET))
+        entry = await table.get(SHARED)
+        if entry is not None:
+            self._secret = bytes.fromhex(entry.value)
 
     def token(self, claims: dict[str, Any], seconds: float = TOKEN_SECONDS) -> str:
         """A JSON web token that is good for a while."""
@@ -56,4 +71,4 @@ class Signer:
 
     def is_signature(self, text: str, signature: str) -> bool:
         """Whether a signature is that of a text."""
-        return hmac.compare_digest(self.signature(text), signature)
+        return hmac.compare_digest(self.signature(text).encode(), signature.encode())

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from services.local import autoscale, job_commands, logs, models, prometheus, status
+from services.local import aliases, autoscale, job_commands, logs, models, prometheus, status
 from services.local import doctor as doctor_checks
 from services.local.config import DEFAULT_PORT, GATEWAY_PORT, mesh_commands
 from services.local.demo import SPEC, Demo, ensure_model, run_demo
@@ -252,8 +252,44 @@ def model_list(*, data: Data = Path(".openrl"), as_json_: Json = False) -> None:
 @model_app.command("remove")
 def model_remove(name: str, *, data: Data = Path(".openrl")) -> None:
     """Forget a model. Files that were fetched are deleted; a directory of your own stays as it is."""
-    deleted = models.remove(paths_of(data), name)
+    paths = paths_of(data)
+    deleted = models.remove(paths, name)
     typer.echo(f"model {name} is no longer registered" + (f"; {deleted} was deleted" if deleted else ""))
+    if gone := aliases.forget_model(paths, name):
+        typer.echo(f"nor are its aliases: {', '.join(gone)}")
+
+
+@model_app.command("alias")
+def model_alias(
+    name: Annotated[str | None, typer.Argument(help="The other name; none: show all.")] = None,
+    target: Annotated[str | None, typer.Argument(help="A registered model.")] = None,
+    *,
+    remove: Annotated[bool, typer.Option("--remove", help="Forget this alias.")] = False,
+    data: Data = Path(".openrl"),
+    as_json_: Json = False,
+) -> None:
+    """Give a model another name, for clients that know only names of their own. A running mesh knows it at once."""
+    paths = paths_of(data)
+    if name is None:
+        _show_aliases(aliases.registered(paths), as_json_=as_json_)
+        return
+    if remove == (target is not None):
+        raise UserError("name an alias and its model, or an alias and --remove")
+    if target is None:
+        aliases.remove(paths, name)
+    else:
+        aliases.add(paths, name, target)
+    asyncio.run(aliases.tell_if_running(paths))
+    typer.echo(f"{name} is no longer an alias" if target is None else f"{name} now names model {target}")
+
+
+def _show_aliases(known: dict[str, str], *, as_json_: bool) -> None:
+    if as_json_:
+        typer.echo(as_json(known))
+    elif known:
+        typer.echo(table(("ALIAS", "MODEL"), list(known.items())))
+    else:
+        typer.echo("no model has an alias: make one with `openrl model alias NAME MODEL`")
 
 
 job_commands.register(app)  # after the commands above, as help lists them

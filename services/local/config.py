@@ -48,6 +48,11 @@ class Paths:
         return self.root / "models.json"
 
     @property
+    def aliases(self) -> Path:
+        """Other names of models."""
+        return self.root / "aliases.json"
+
+    @property
     def models(self) -> Path:
         """Models that were fetched rather than found on disk."""
         return self.root / "models"

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from services.local import keys
+from services.local import aliases, keys
 from services.local.config import Paths, ServiceCommand
 from services.local.orphans import end_orphans
 from services.local.placed import Placeable
@@ -43,6 +43,7 @@ def run_up(wish: Up, *, echo: Tell) -> None:
     beside = Prometheus(wish.paths, port=wish.prometheus_port) if wish.prometheus_port is not None else None
 
     async def invite(bus: Bus) -> None:
+        await aliases.tell(bus, wish.paths)
         key, url = await keys.ensure_default(bus, wish.paths), await keys.gateway_url(bus)
         if beside is not None:
             echo(f"Prometheus answers at {beside.url}")

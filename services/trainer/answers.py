@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from shared.bus import Delivery
 from shared.contracts.results import Result
 from shared.contracts.training import AnyOperation, Operation, OperationResult
@@ -31,11 +33,14 @@ class Answers:
         again: bool = False,
         told: Callable[[], None] | None = None,
     ) -> None:
-        """Answer an operation, in the encoding in which it came.
+        """Answer an operation, in the encoding in which it came, and say which it was and when it came.
 
         `again`: another trainer may have answered it before. `told` is called once the answer is stored, but not if
         there was one before.
         """
+        if isinstance(result, OperationResult):
+            kind = str(type(delivery.message).__struct_config__.tag)
+            result = msgspec.structs.replace(result, op=kind, submitted=delivery.time)
         sending = self._send_until_stored(result, json=delivery.json, again=again, told=told)
         task = self._node.tasks.start(f"answer {result.request_id}", sending)
         unsent = self._unsent.setdefault(delivery.message.run, set())

@@ -15,7 +15,7 @@ from shared import topology
 from shared.bus import Bus, Delivery
 from shared.contracts.training import AnyOperation
 from shared.errors import MeshError, PermanentError, UserError
-from shared.tables import Stored
+from shared.scans import Stored
 
 log = logging.getLogger(__name__)
 

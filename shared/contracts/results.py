@@ -19,6 +19,18 @@ class RequestFailed(Contract, tag_field="kind", tag="failed"):
 Result = OperationResult | SampleResult | JobAnswer | CheckAnswer | RequestFailed
 
 
+class ResultTiming(Contract):
+    """A `Result`, read for when it was worked on."""
+
+    kind: str
+    request_id: str
+    op: str = ""
+    submitted: float = 0.0
+    queue_seconds: float = 0.0
+    seconds: float = 0.0
+    failure: Failure | None = None
+
+
 class DeliveryMark(Contract):
     """What is known of the deliveries of a message that was given out more than once."""
 

@@ -158,6 +158,10 @@ class OperationResult(Contract, tag_field="kind", tag="operation"):
     checkpoint: BlobRef | None = None
     recorded: CheckpointRecord | None = None
     """The checkpoint that an operation with a `SaveSpec` recorded."""
+    op: str = ""
+    """The kind of operation, as in its `op`. Empty: not told."""
+    submitted: float = 0.0
+    """When the operation came into the run's log, in seconds since the epoch. 0: not told."""
     note: str = ""
     """Of the operation."""
 

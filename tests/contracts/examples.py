@@ -256,6 +256,10 @@ MESSAGES: dict[str, tuple[topology.Channel[Any], Any]] = {
             policy=RECORD, checkpoint=BLOB,
         ),
     ),
+    "operation_timed": (
+        topology.ANSWERS,
+        OperationResult(request_id="s-1.train-0.13", run="s-1:train:0", seq=13, op="optim_step", submitted=1.5),
+    ),
     "operation_recorded": (
         topology.ANSWERS, OperationResult(request_id="s-1.train-0.12", run="s-1:train:0", seq=12, recorded=CHECKPOINT)
     ),
@@ -452,5 +456,6 @@ RECORDS: dict[str, tuple[topology.Bucket[Any], Any]] = {
             frozen="no", dry_run=True,
         ),
     ),
+    "secret": (topology.SECRETS, "00ff"),
 }  # fmt: skip
 """By file name: the bucket, and its value."""

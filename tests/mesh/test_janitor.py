@@ -11,7 +11,7 @@ import pytest
 from services.coordinator.service import CoordinatorService
 from shared import topology
 from shared.bus import Bus
-from shared.checkpoints import Checkpoints
+from shared.checkpoints import Checkpoints, path_of
 from shared.contracts.checkpoints import CheckpointKey, SaveSpec
 from shared.contracts.sessions import Heartbeat, SamplerRecord, SessionRecord
 from shared.contracts.training import RunRecord, SavePolicy, SaveState
@@ -182,6 +182,11 @@ async def test_checkpoints_expire_and_a_changed_mind_counts(place: Place, bus: B
     assert short.state is not None
     assert not (place.directory / "blobs" / short.state.key).exists()
     assert await checkpoints.find(keys["longer"]) is not None
+    told = [delivery.message async for delivery in bus.scan(topology.AUDITS)]
+    assert [(entry.event, entry.details["tinker_path"]) for entry in told] == [
+        ("checkpoint_expired", path_of(keys["short"]))
+    ]
+    assert told[0].details["size"] == short.size > 0
 
 
 async def test_one_of_two_coordinators_looks_and_the_other_takes_over(place: Place, bus: Bus) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from services.gateway.context import Endpoint
 from services.gateway.endpoints import clients, futures, sampling, sessions, training, weights
+from services.gateway.rest import ENDPOINTS as LOOK_UPS
 
 ENDPOINTS: Sequence[Endpoint] = (
     *futures.ENDPOINTS,
@@ -12,4 +13,5 @@ ENDPOINTS: Sequence[Endpoint] = (
     *weights.ENDPOINTS,
     *sessions.ENDPOINTS,
     *clients.ENDPOINTS,
+    *LOOK_UPS,
 )

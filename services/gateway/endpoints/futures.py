@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated, Literal
 
 import msgspec
@@ -19,7 +19,8 @@ from shared.contracts.base import Strict
 from shared.contracts.blobs import BlobRef
 from shared.contracts.results import RequestFailed
 from shared.errors import UserError
-from shared.tables import Stored
+from shared.scans import Stored
+from shared.tasks import cancelled
 from shared.wire import decode
 
 LARGE_RESULT = 64 * 1024
@@ -91,35 +92,40 @@ async def retrieve_many(gateway: Gateway, call: Call) -> dict[str, object]:
     longest = gateway.config.poll_seconds
     seconds = longest if asked.timeout is None else min(max(asked.timeout, 0.0), longest)
     cursor, completions = asked.prev_cursor, list[dict[str, object]]()
-    async for result in _answered(gateway, sampler, cursor, seconds):
-        cursor = result.seq
-        request = result.headers.get(REQUEST_HEADER, "")
-        if ids.parse_request(request).seq // CLONE_SEQS != clone:
-            continue
-        gateway.in_flight.remove(request)
-        opened, _ = await gateway.bus.open(topology.ANSWERS, result.body, result.headers)
-        if isinstance(opened, RequestFailed):
-            completions.append({"state": "failed", "request_id": request})
-        else:
-            size = size_of(result)
-            done = {"state": "finished", "request_id": request, "response_payload_uncompressed_size": size}
-            completions.append(done)
+    async with contextlib.aclosing(_answered(gateway, sampler, cursor, seconds)) as results_of_sampler:
+        async for result in results_of_sampler:
+            cursor = result.seq
+            request = result.headers.get(REQUEST_HEADER, "")
+            if ids.parse_request(request).seq // CLONE_SEQS == clone:
+                gateway.in_flight.remove(request)
+                completions.append(await _completion(gateway, request, result))
     return {"completions": completions, "cursor": cursor}
 
 
-async def _answered(gateway: Gateway, sampler: str, after: int, seconds: float) -> AsyncIterator[Stored]:
+async def _completion(gateway: Gateway, request: str, result: Stored) -> dict[str, object]:
+    opened, _ = await gateway.bus.open(topology.ANSWERS, result.body, result.headers)
+    if isinstance(opened, RequestFailed):
+        return {"state": "failed", "request_id": request}
+    return {"state": "finished", "request_id": request, "response_payload_uncompressed_size": size_of(result)}
+
+
+async def _answered(gateway: Gateway, sampler: str, after: int, seconds: float) -> AsyncGenerator[Stored, None]:
     """The answers behind a place: the first within so many seconds, and what follows it at once."""
     owned = ids.parse_sampler(sampler)
     reading = gateway.bus.read_answers(f"{owned.session}.{owned.kind}-{owned.number}", after=after)
     patience = max(seconds, AT_ONCE)
-    async with contextlib.aclosing(reading):  # type: ignore[type-var]  # a generator, though the bus does not say so
+    closing = asyncio.ensure_future(gateway.hub.closing.wait())
+    following = asyncio.ensure_future(anext(reading))
+    try:
         for _ in range(MOST_COMPLETIONS):
-            try:
-                async with asyncio.timeout(patience):
-                    yield await anext(reading)
-            except TimeoutError:
+            await asyncio.wait([following, closing], timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if not following.done():
                 return
+            yield following.result()
+            following = asyncio.ensure_future(anext(reading))
             patience = AT_ONCE
+    finally:
+        await cancelled([following, closing])
 
 
 async def cancel(gateway: Gateway, call: Call) -> Answer:

@@ -169,7 +169,7 @@ async def _source(gateway: Gateway, call: Call, asked: CreateSamplingSession) ->
             f"{asked.model_path} is not made to be sampled: save_weights_for_sampler makes such checkpoints, called "
             "tinker://RUN/sampler_weights/NAME"
         )
-    record = await readable_checkpoint(gateway, call, key)
+    record = await readable_checkpoint(gateway, call, key, "sample")
     name = asked.base_model or await _name_of(gateway, key.run, record.base_model)
     if gateway.models.served(name) != record.base_model:
         raise UserError(f"{asked.model_path} is of {record.base_model}, not of {name}: leave base_model out")

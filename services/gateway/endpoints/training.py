@@ -128,7 +128,7 @@ async def load(gateway: Gateway, call: Call) -> dict[str, str]:
         raise UserError("load_weights needs session_id and model_seq_id for a new run, or model_id and seq_id of one")
     _check_optimizer(asked.optimizer_config or OptimizerConfig())
     key = _training_path(asked.path)
-    found = await readable_checkpoint(gateway, call, key, asked.weights_access_token)
+    found = await readable_checkpoint(gateway, call, key, "load", asked.weights_access_token)
     name = asked.base_model or found.base_model
     if gateway.models.served(name) != found.base_model:
         raise UserError(f"{asked.path} is of {found.base_model}, not of {name}: leave base_model out")
@@ -150,7 +150,7 @@ async def _load_into(gateway: Gateway, call: Call, head: Head) -> AnyOperation:
     asked = submissions.decoded(call.body, LoadWeights)
     key = _training_path(asked.path)
     if key.run != head["run"]:  # one of its own may still be on its way: the trainer finds it when its turn comes
-        await readable_checkpoint(gateway, call, key, asked.weights_access_token)
+        await readable_checkpoint(gateway, call, key, "load", asked.weights_access_token)
     return LoadState(**head, source=key, optimizer=asked.optimizer, note=asked.path)
 
 
