@@ -13,6 +13,7 @@ import tinker
 from tinker import types
 
 from shared.bus import Bus
+from tests.mesh.fake_hub import FakeHub
 from tests.mesh.gateways import KEY, add_key, sdk
 from tests.mesh.harness import MODEL, Place
 from tests.mesh.tinker_commands import Commands, tinker_commands
@@ -39,11 +40,14 @@ async def test_every_command_does_what_it_says(place: Place, bus: Bus, tmp_path:
         url, home = f"http://127.0.0.1:{gateway.port}", tmp_path / "home"
         state, external = await asyncio.to_thread(train, service)
         run = state.split("/")[2]
-        async with tinker_commands(home, TINKER_BASE_URL=url, TINKER_API_KEY=KEY) as cli:
-            await models_and_runs(cli, run, state)
-            await checkpoints(cli, run, state)
-            await downloads(cli, state, external, home)
-            await sessions_and_billing(cli, run, url)
+        async with FakeHub().serving() as hub:
+            known = {"TINKER_BASE_URL": url, "TINKER_API_KEY": KEY, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_x"}
+            async with tinker_commands(home, **known) as cli:
+                await models_and_runs(cli, run, state)
+                await checkpoints(cli, run, state)
+                await pushes(cli, external, hub)
+                await downloads(cli, state, external, home)
+                await sessions_and_billing(cli, run, url)
 
 
 async def models_and_runs(cli: Commands, run: str, state: str) -> None:
@@ -70,6 +74,15 @@ async def checkpoints(cli: Commands, run: str, state: str) -> None:
     assert (await cli.json("checkpoint", "info", state))["expires_at"] is None
     assert "ttl_seconds" in await cli.run("checkpoint", "set-ttl", state, "--ttl", "5", fails=True)
     assert "not found" in (await cli.run("checkpoint", "publish", state + "-not", fails=True)).lower()
+
+
+async def pushes(cli: Commands, external: str, hub: FakeHub) -> None:
+    pushed = await cli.json("checkpoint", "push-hf", external, "--repo", "me/adapter")
+    assert pushed["repo_id"] == "me/adapter"
+    assert hub.private == {"me/adapter": True}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == set(hub.files)
+    assert json.loads(hub.files["adapter_config.json"])["r"] == 8
+    assert f"- Base model: {MODEL}" in hub.files["README.md"].decode()
 
 
 async def downloads(cli: Commands, state: str, external: str, home: Path) -> None:
