@@ -7,9 +7,11 @@ STAMP := $(VENV)/.installed
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
+COOKBOOK := tinker-cookbook==0.6.1 tml-renderers==0.2.1
+COOKBOOK_STAMP := $(VENV)/.cookbook-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install prometheus dashboards demo test lint types unit mesh vllm format clean
+.PHONY: help install prometheus dashboards demo test lint types unit mesh cookbook vllm format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -54,6 +56,14 @@ unit: $(STAMP) ## Pure policies, contracts, engines, manifests
 
 mesh: $(STAMP) ## Real nats-server, real services, one of them as processes
 	$(BIN)/python -m pytest --numprocesses 2 tests/mesh
+
+$(COOKBOOK_STAMP): $(STAMP) requirements-cookbook.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-cookbook.txt
+	$(BIN)/python -m pip install --quiet --no-deps $(COOKBOOK)
+	@touch $@
+
+cookbook: $(COOKBOOK_STAMP) ## Recipes of the tinker-cookbook, unmodified, against a mesh of this machine
+	$(BIN)/python -m pytest tests/cookbook
 
 $(VLLM_STAMP): pyproject.toml requirements-vllm.txt
 	@$(PYTHON) -m venv $(VLLM_VENV) || \

@@ -347,10 +347,14 @@ class Bus:
         return stored(await self.stream_context.get_msg(stream, subject=subject, direct=self.consistent, **how))
 
     async def last_place(self, channel: Channel[Any], **parts: str) -> int:
-        """Place of the newest message of a channel; 0 if there is none. Raise `TemporaryError`."""
+        """Place of the newest message of a channel, in whichever line; 0 if there is none. Raise `TemporaryError`."""
         subject = channel.subject(**parts) if parts else channel.pattern
+        lines = [subject, f"{subject}.*"] if channel.by else [subject]
+        return max([await self._last_place(channel.stream.name, line) for line in lines])
+
+    async def _last_place(self, stream: str, subject: str) -> int:
         try:
-            return (await self.newest(channel.stream.name, subject)).seq
+            return (await self.newest(stream, subject)).seq
         except js_errors.NotFoundError:
             return 0
         except (*AWAY, *CLOSED, js_errors.APIError) as error:

@@ -19,6 +19,7 @@ import pytest
 from tests.cookbook import offline
 
 pytest.importorskip("tinker_cookbook", reason="`make cookbook` installs it")
+pytestmark = pytest.mark.timeout(1200)
 
 STEPS = int(os.environ.get("OPENRL_COOKBOOK_STEPS", "2"))
 OPENRL = (sys.executable, "-m", "services.local")
@@ -50,7 +51,11 @@ def environment(place: Path, model_dir: Path, tmp_path_factory: pytest.TempPathF
     data = str(tmp_path_factory.mktemp("mesh"))
     subprocess.run([*OPENRL, "model", "add", offline.MODEL, str(model_dir), "--data", data], cwd=ROOT, check=True)
     up = subprocess.run(
-        [*OPENRL, "up", "--detach", "--data", data], cwd=ROOT, check=True, capture_output=True, text=True
+        [*OPENRL, "up", "--detach", "--port", "0", "--gateway-port", "0", "--data", data],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     lines = (line.strip() for line in up.stdout.splitlines())
     exported = dict(line.removeprefix("export ").split("=", 1) for line in lines if line.startswith("export TINKER_"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinker.types import SessionSearchRequest
 
@@ -85,6 +85,7 @@ def test_what_no_search_may_ask_is_refused(body: dict[str, Any]) -> None:
         msgspec.json.decode(msgspec.json.encode(body), type=Search)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3).map(float), max_size=12), st.integers(1, 5))
 def test_pages_hold_each_session_once_newest_first(created: list[float], limit: int) -> None:
     sessions = [session(f"s-{number}", at) for number, at in enumerate(created)]
