@@ -347,9 +347,12 @@ class Bus:
         return stored(await self.stream_context.get_msg(stream, subject=subject, direct=self.consistent, **how))
 
     async def last_place(self, channel: Channel[Any], **parts: str) -> int:
-        """Place of the newest message of a channel, in whichever line; 0 if there is none. Raise `TemporaryError`."""
+        """Place of the newest message of a channel, in the line that `parts` name or else in whichever; 0: there is none.
+
+        Raise `TemporaryError`.
+        """
         subject = channel.subject(**parts) if parts else channel.pattern
-        lines = [subject, f"{subject}.*"] if channel.by else [subject]
+        lines = [subject, f"{subject}.*"] if channel.by and channel.by not in parts else [subject]
         return max([await self._last_place(channel.stream.name, line) for line in lines])
 
     async def _last_place(self, stream: str, subject: str) -> int:

@@ -116,11 +116,7 @@ class Table(Generic[T]):
         """
         subject = self._prefix + "".join(f"{token(part)}." for part in _key(within)) + ">"
         found: dict[tuple[str, ...], Entry[T]] = {}
-<<<<<<< HEAD
         async for item in self._present(subject):
-=======
-        async for item in scan(self._bus.client, self._stream, subject):
->>>>>>> 5838b26fcabc27e56f2eac6d86075d0e16e7d249
             if (change := self._change(item)) is None:
                 continue
             # Seen before if it was written again meanwhile: the newest counts, at its new place.
@@ -128,7 +124,6 @@ class Table(Generic[T]):
             if change.value is not None:
                 found[change.key] = Entry(change.key, change.value, item.seq)
         return list(found.values())
-<<<<<<< HEAD
 
     async def _present(self, subject: str) -> AsyncIterator[Stored]:
         """What is there now. In a cluster only the leader surely has all of it, and it is asked for one by one."""
@@ -144,8 +139,6 @@ class Table(Generic[T]):
                 return
             place = item.seq
             yield item
-=======
->>>>>>> 5838b26fcabc27e56f2eac6d86075d0e16e7d249
 
     async def keys(self) -> set[tuple[str, ...]]:
         """The keys of all entries, in one question. One that was deleted may still be among them until it expires.
