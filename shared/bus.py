@@ -347,7 +347,7 @@ class Bus:
         return stored(await self.stream_context.get_msg(stream, subject=subject, direct=self.consistent, **how))
 
     async def last_place(self, channel: Channel[Any], **parts: str) -> int:
-        """Place of the newest message of a channel, in the line that `parts` name or else in whichever; 0: there is none.
+        """Place of the newest message of a channel, in the line that `parts` name or else in any; 0: there is none.
 
         Raise `TemporaryError`.
         """
