@@ -34,12 +34,12 @@ def datum(prompt: list[int], sequence: types.SampledSequence, advantage: float) 
 def main() -> None:
     service, numbers = tinker.ServiceClient(), random.Random(0)
     name = sys.argv[1] if sys.argv[1:] else service.get_server_capabilities().supported_models[0].model_name
-    training = service.create_lora_training_client(base_model=name, rank=16)
+    training = service.create_lora_training_client(base_model=name, rank=16).result()
     tokenizer = training.get_tokenizer()
     how = types.SamplingParams(max_tokens=6, temperature=1.0)
 
     for step in range(STEPS):
-        sampler = training.save_weights_and_get_sampling_client()
+        sampler = training.save_weights_and_get_sampling_client().result()
         tasks = [task(numbers) for _ in range(TASKS)]
         prompts = [tokenizer.encode(ASK.format(a=a, b=b)) for a, b in tasks]
         groups = [sampler.sample(types.ModelInput.from_ints(prompt), SAMPLES, how) for prompt in prompts]

@@ -31,7 +31,7 @@ def example(tokenizer, question: str, answer: str) -> types.Datum:
 def main() -> None:
     service = tinker.ServiceClient()
     name = sys.argv[1] if sys.argv[1:] else service.get_server_capabilities().supported_models[0].model_name
-    training = service.create_lora_training_client(base_model=name, rank=16)
+    training = service.create_lora_training_client(base_model=name, rank=16).result()
     tokenizer = training.get_tokenizer()
     data = [example(tokenizer, question, answer) for question, answer in FACTS.items()]
     counted = sum(sum(datum.loss_fn_inputs["weights"].data) for datum in data)
@@ -42,7 +42,7 @@ def main() -> None:
         if step % 5 == 0 or step == STEPS - 1:
             print(f"step {step:2d}  loss per token {forward.result().metrics['loss:sum'] / counted:.3f}")
 
-    sampler = training.save_weights_and_get_sampling_client()
+    sampler = training.save_weights_and_get_sampling_client().result()
     greedy = types.SamplingParams(max_tokens=16, temperature=0, stop=["<|im_end|>"])
     for question in FACTS:
         prompt = tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
