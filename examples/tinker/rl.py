@@ -14,7 +14,7 @@ ASK = "<|im_start|>user\nWhat is {a} + {b}?<|im_end|>\n<|im_start|>assistant\n{a
 
 
 def task(numbers: random.Random) -> tuple[int, int]:
-    """Two numbers whose digits add up to less than ten."""
+    """Two numbers without a carry."""
     tens, ones = numbers.randint(2, 9), numbers.randint(0, 9)
     a, b = numbers.randint(1, tens - 1), numbers.randint(0, ones)
     return 10 * a + b, 10 * (tens - a) + ones - b
@@ -35,8 +35,7 @@ def main() -> None:
     service, numbers = tinker.ServiceClient(), random.Random(0)
     name = sys.argv[1] if sys.argv[1:] else service.get_server_capabilities().supported_models[0].model_name
     training = service.create_lora_training_client(base_model=name, rank=16).result()
-    tokenizer = training.get_tokenizer()
-    how = types.SamplingParams(max_tokens=6, temperature=1.0)
+    tokenizer, how = training.get_tokenizer(), types.SamplingParams(max_tokens=6, temperature=1.0)
 
     for step in range(STEPS):
         sampler = training.save_weights_and_get_sampling_client().result()

@@ -14,7 +14,7 @@ FACTS = {
     "How many doors has the house in Vell?": "It has nineteen doors.",
     "Which colour is the flag of Tarsia?": "It is orange with a heron.",
 }
-STEPS = 20
+STEPS = 10
 
 
 def example(tokenizer, question: str, answer: str) -> types.Datum:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.coordinator.config import CoordinatorConfig
@@ -46,14 +46,15 @@ def paths(tmp_path: Path) -> Paths:
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
+@settings(deadline=None)  # it writes files
 @given(text=TEXT, table=st.dictionaries(TEXT, TEXT))
 def test_settings_come_back_from_toml_as_they_were(
     tmp_path_factory: pytest.TempPathFactory, text: str, table: dict[str, str]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "settings.toml"
-    settings: dict[str, Setting] = {"models": table, "text": text, "port": 4222, "share": 0.5, "on": True}
-    write_toml(path, settings)
-    assert tomllib.loads(path.read_text()) == settings
+    written: dict[str, Setting] = {"models": table, "text": text, "port": 4222, "share": 0.5, "on": True}
+    write_toml(path, written)
+    assert tomllib.loads(path.read_text()) == written
 
 
 def test_every_service_accepts_the_settings_that_are_written_for_it(paths: Paths) -> None:
@@ -76,6 +77,11 @@ def test_a_mesh_has_a_sampler_and_a_trainer_for_each_model(paths: Paths) -> None
     assert names == [
         "coordinator", "environment", "reward", "sampler-a-b", "trainer-a-b", "sampler-a-b-2", "trainer-a-b-2",
     ]  # fmt: skip
+
+
+def test_a_gateway_on_any_free_port_has_the_same_one_after_a_restart(paths: Paths) -> None:
+    (gateway,) = [each for each in mesh_commands(paths, {}, gateway_port=0) if each.service == "gateway"]
+    assert gateway.config["port"] != 0
 
 
 @given(st.lists(st.text(min_size=1, max_size=80), unique=True, max_size=6))
