@@ -75,6 +75,7 @@ class Bench:
         self.sizes = GPU if self.device.startswith("cuda") else CPU
         self._options = options
         self._out: Path = options.out
+        self._repeats: int = options.repeats or self.sizes.repeats
         self._common: dict[str, Setting] = {"device": self.device, "threads": options.threads}
 
     async def bus(self) -> AsyncIterator[Row]:
@@ -86,11 +87,13 @@ class Bench:
     async def mixed(self) -> AsyncIterator[Row]:
         """See the module's docstring."""
         sizes = self.sizes
-        yield await mixed(self._out / "mixed", self._sampler(), sizes.crowd, self._vocabulary(), 4, sizes.repeats)
+        yield await mixed(self._out / "mixed", self._sampler(), sizes.crowd, self._vocabulary(), 4, self._repeats)
 
     async def roofline(self) -> AsyncIterator[Row]:
         """See the module's docstring."""
         for shape, (count, prompt, new) in self.sizes.rooflines.items():
+            if self._options.shape and shape not in self._options.shape:
+                continue
             yield await roofline(shape, self._offline(shape, count, [(count, prompt, new), (count, prompt, 1)]))
 
     async def sync(self) -> AsyncIterator[Row]:
@@ -110,7 +113,7 @@ class Bench:
     async def generate(self) -> AsyncIterator[Row]:
         """See the module's docstring."""
         cases = GPU_CASES if self.sizes is GPU else CPU_CASES
-        directory, repeats = self._directory(SMALL), self.sizes.repeats
+        directory, repeats = self._directory(SMALL), self._repeats
         threads = self._options.threads or torch.get_num_threads()
         async for row in against_generate(directory, self.device, repeats, threads, cases):
             yield row
@@ -126,7 +129,7 @@ class Bench:
             device=self.device,
             sequences=sequences,
             batches=batches,
-            repeats=self.sizes.repeats,
+            repeats=self._repeats,
             threads=self._options.threads,
         )
 
@@ -174,6 +177,8 @@ def main() -> None:
     parser.add_argument("--engine", default="torch", help="of the sampler: torch or vllm")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each engine; default: all cores")
+    parser.add_argument("--repeats", type=int, default=0, help="turns after the one that warms up")
+    parser.add_argument("--shape", action="append", default=[], choices=GPU.rooflines, help="of `roofline`: only these")
     parser.add_argument("--syncs", type=int, default=0)
     parser.add_argument("--weights", action="append", default=[], metavar="SHAPE=DIRECTORY")
     parser.add_argument(

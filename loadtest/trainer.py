@@ -168,7 +168,9 @@ def measure(
     rows = {bench.case.name: _row(bench) for bench in benches}
     for bench in benches:
         row = rows[bench.case.name]
-        times = {name: row.tokens_per_second / rows[name].tokens_per_second for name in bench.case.against}
+        times = {
+            name: row.tokens_per_second / rows[name].tokens_per_second for name in bench.case.against if name in rows
+        }
         report(replace(row, times=times))
         bench.close()
 
@@ -246,13 +248,16 @@ def profiled(case: Case, engine: TorchTrainerEngine, directory: Path) -> None:
     (directory / f"{case.name}.txt").write_text(table)
 
 
-def groups(names: Sequence[str]) -> list[list[Case]]:
-    """Return the chosen cases, those that are compared together; by default all that this machine can run."""
+def groups(names: Sequence[str], *, modules: bool) -> list[list[Case]]:
+    """Return the chosen cases, those that are compared together; by default all that this machine can run.
+
+    Without `modules` nothing is compared with the model's own, which takes the longest.
+    """
     here = [case for case in CASES if case.name.startswith("cpu") != torch.cuda.is_available()]
     chosen = [case for case in CASES if case.name in names] if names else here
     compared = {name for case in chosen for name in case.against}
     return [
-        [case, *(other for other in CASES if other.name in case.against)]
+        [case, *(other for other in CASES if other.name in case.against and (modules or not other.modules))]
         for case in chosen
         if case.name not in compared
     ]
@@ -265,6 +270,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write the table here")
     parser.add_argument("--profile", type=Path, help="also write profiles into this directory")
+    parser.add_argument("--no-modules", action="store_true", help="compare nothing with the model's own modules")
     parser.add_argument("--weights", action="append", default=[], metavar="SHAPE=DIRECTORY")
     options = parser.parse_args()
     weights = dict(pair.split("=", 1) for pair in options.weights)
@@ -278,7 +284,7 @@ def main() -> None:
 
     print(json.dumps(about()))
     by_shape: dict[str, list[list[Case]]] = {}
-    for group in groups(options.case):
+    for group in groups(options.case, modules=not options.no_modules):
         by_shape.setdefault(group[0].shape, []).append(group)
     for shape, found in by_shape.items():
         most = max(case.tokens for group in found for case in group)

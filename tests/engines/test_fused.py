@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from services.trainer.engines.base import PassItem
 from services.trainer.engines.body import AdaptedModel, Body
 from services.trainer.engines.fused.layer import FAMILIES
 from services.trainer.engines.fused.layers import FusedLayers, FusedOptions, supported
 from services.trainer.engines.run_state import RunState
 from services.trainer.engines.torch_engine import TorchTrainerEngine
+from shared.contracts.arrays import Float32s, Int32s
 from shared.contracts.policies import LoraSpec
+from shared.contracts.training import Datum, LossSpec
 from shared.models import varlen
 from shared.models.loading import load_base
 from shared.models.lora import Adapter, AdapterBank
@@ -24,6 +28,7 @@ from shared.models.packing import Tree, grow_trees, pack
 from tests.engines.tiny import VOCABULARY, make_tiny_model
 from tests.engines.training import close
 
+LOSS = LossSpec(name="cross_entropy")
 SPECS = {
     "a": LoraSpec(rank=4, seed=1),
     "b": LoraSpec(rank=32, seed=2, train_attn=False, alpha=16),
@@ -69,9 +74,10 @@ def computed(body: Body, runs: Mapping[str, RunState], data: dict[int, array[int
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [FusedOptions(), FusedOptions(dense_ranks=32)], ids=["dense", "grouped"])
 @pytest.mark.parametrize(("names", "prefix"), [("a", 0), ("abc", 0), ("ab", 30)])
 def test_hidden_states_and_gradients_are_those_of_the_models_own_modules(
-    tmp_path: Path, family: str, names: str, prefix: int
+    tmp_path: Path, family: str, names: str, prefix: int, options: FusedOptions
 ) -> None:
     model = load_base(make_tiny_model(tmp_path / family, family=family))
     data = sequences(6, prefix=prefix)
@@ -81,13 +87,49 @@ def test_hidden_states_and_gradients_are_those_of_the_models_own_modules(
         bank.add(name, state.adapter)
     plain = computed(AdaptedModel(model, bank, None), runs, data, size)
     assert supported(model)
-    fused = FusedLayers(model, FusedOptions())
+    fused = FusedLayers(model, options)
     ours = computed(fused, states(model, names), data, size)
     again = computed(fused, states(model, names), data, size)
     assert ours.keys() == plain.keys()
     for name, tensor in plain.items():
         assert close(ours[name], tensor), name
         assert torch.equal(ours[name], again[name]), "nothing is left from the pass before"
+
+
+@pytest.mark.parametrize("options", [FusedOptions(), FusedOptions(dense_ranks=32)], ids=["dense", "grouped"])
+@pytest.mark.parametrize("what", ["weights", "gradient"])
+def test_a_run_that_overflows_leaves_the_others_as_they_were(tmp_path: Path, options: FusedOptions, what: str) -> None:
+    directory = make_tiny_model(tmp_path / "llama")
+    data = sequences(9)
+    gradients = []
+    for broken in (False, True):
+        engine = TorchTrainerEngine("tiny", directory, fused=options)
+        for number, run in enumerate("abc"):
+            engine.create_run(run, LoraSpec(rank=(4, 32, 9)[number], seed=number, train_unembed=run == "c"))
+            engine._states[run].weights.add_(torch.sin(torch.arange(len(engine._states[run].weights))), alpha=0.05)
+        if broken and what == "weights":
+            engine._states["b"].weights.fill_(1e30)
+        # Log-probabilities are finite, what goes back is not.
+        weight = 3e38 if broken and what == "gradient" else 1.0
+        items = [
+            PassItem(run, _data(data, number, weight if run == "b" else 1.0), LOSS) for number, run in enumerate("abc")
+        ]
+        for _ in range(2):
+            outcomes = engine.forward_backward(items)
+            assert [outcome.error is None for outcome in outcomes] == [True, not broken, True]
+        scored = engine.forward_backward([dataclasses.replace(item, forward_only=True) for item in items])
+        assert [outcome.error is None for outcome in scored] == [True, not broken, True]
+        assert (engine._states["b"].gradient is None) == broken
+        gradients.append([engine._states[run].gradient for run in "ac"])
+    for fine, beside in zip(*gradients, strict=True):
+        assert fine is not None
+        assert beside is not None
+        assert close(beside, fine)
+
+
+def _data(data: Mapping[int, array[int]], number: int, weight: float) -> list[Datum]:
+    own = [tokens for index, tokens in data.items() if index % 3 == number and len(tokens) > 1]
+    return [Datum(tokens=Int32s(t[:-1]), targets=Int32s(t[1:]), weights=Float32s([weight] * (len(t) - 1))) for t in own]
 
 
 def test_recomputing_activations_changes_nothing(tmp_path: Path) -> None:

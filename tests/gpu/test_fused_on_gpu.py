@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from services.trainer.engines.base import PassItem
 from services.trainer.engines.body import AdaptedModel
@@ -30,8 +32,8 @@ OPTIONS = {
     "compiled and captured": FusedOptions(compile=True, graphs=True),
     "recomputed": FusedOptions(compile=True, recompute_rows=8),
 }
-ROUNDING = 0.04
-"""Relative, of bfloat16 through two layers with large weights."""
+ROUNDING = 1.3
+"""Of what bfloat16 makes of the model's own modules: how much farther ours may be from fp32."""
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -39,16 +41,25 @@ def test_hidden_states_and_gradients_are_those_of_fp32(tmp_path: Path, name: str
     directory = make_tiny_model(tmp_path / "qwen3", family="qwen3")
     exact, model = load_base(directory), load_base(directory, device="cuda")
     fused = FusedLayers(model, OPTIONS[name])
-    bank = AdapterBank(exact)
+    bank, coarse = AdapterBank(exact), AdapterBank(model)
     size = exact.config.hidden_size
     for names, count, prefix in [("a", 6, 0), ("abc", 6, 0), ("ab", 9, 30), ("abc", 6, 0), ("a", 3, 20), ("a", 5, 0)]:
         runs, data = states(exact, names), sequences(count, prefix=prefix)
         for run, state in runs.items():
             bank.add(run, state.adapter)
         wanted = computed(AdaptedModel(exact, bank, None), runs, data, size)
-        ours = computed(fused, states(model, names), data, size)
-        for key, tensor in wanted.items():
-            assert close(ours[key], tensor, ROUNDING), (names, key, float((ours[key] - tensor).norm() / tensor.norm()))
+        rounded = states(model, names)
+        for run, state in rounded.items():
+            coarse.add(run, state.adapter)
+        modules = apart(computed(AdaptedModel(model, coarse, None), rounded, data, size), wanted)
+        ours = apart(computed(fused, states(model, names), data, size), wanted)
+        assert ours < ROUNDING * modules, (names, ours, modules)
+        assert modules < 0.1, "bfloat16 is not what this test is about"
+
+
+def apart(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """Return the worst distance of hidden states and gradients, relative to their size."""
+    return max(float((found[key] - tensor).norm() / tensor.norm()) for key, tensor in wanted.items())
 
 
 def data_of(number: int) -> list[Datum]:

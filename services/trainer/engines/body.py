@@ -41,6 +41,12 @@ class Body(Protocol):
     def gradients(self, states: Mapping[str, RunState]) -> dict[str, Tensor]:
         """Return what the last pass left for each run, a vector like its weights, and forget it."""
 
+    def spoiled(self) -> bool:
+        """Whether the last pass counts for nothing: numbers of one run, not finite, may have come into the others'.
+
+        Asked after `gradients`, or after `forward` where no gradient was wanted.
+        """
+
     def forget(self, states: Mapping[str, RunState]) -> None:
         """Drop what a pass that broke off has left."""
 
@@ -73,6 +79,10 @@ class AdaptedModel:
     def gradients(self, states: Mapping[str, RunState]) -> dict[str, Tensor]:
         """See `Body.gradients`."""
         return {run: state.take_gradient() for run, state in states.items()}
+
+    def spoiled(self) -> bool:
+        """See `Body.spoiled`: rows of one run never meet those of another."""
+        return False
 
     def forget(self, states: Mapping[str, RunState]) -> None:
         """See `Body.forget`."""

@@ -1,5 +1,7 @@
 """Runs the batches of many runs through the model: packed, in parts that fit, gradients kept apart.
 
+A part of several runs in which numbers are not finite is computed again, split between runs, where these may have met.
+
 Every part is a forward pass, the unembedding chunk by chunk, and a backward pass. Sequences that cannot move any
 weight, because their weights or advantages are all zero or because only the loss was asked for, go through parts of
 their own without a backward pass.
@@ -71,29 +73,35 @@ class PassRunner:
         """
         waiting = [part]
         while waiting:
-            trees = waiting.pop()
-            if self._fits(work, states, trees, backward=backward):
-                continue
-            torch.cuda.empty_cache()
-            halves = _halves(trees)
-            if halves is None:
-                text = f"a sequence of {trees[0].rows} tokens does not fit into the trainer's memory"
-                work.failures[str(trees[0].run)] = PermanentError(text)
-            else:
-                self._max_rows = min(self._max_rows, max(1, sum(tree.rows for tree in trees) // 2))
-                waiting += reversed(halves)
+            waiting += reversed(self._left_of(work, states, waiting.pop(), backward=backward))
 
-    def _fits(self, work: Work, states: Mapping[str, RunState], trees: list[Tree], *, backward: bool) -> bool:
+    def _left_of(
+        self, work: Work, states: Mapping[str, RunState], trees: list[Tree], *, backward: bool
+    ) -> list[list[Tree]]:
+        """Compute a part; return nothing, or the smaller parts that are to be computed in its place."""
         present = {str(tree.run): states[str(tree.run)] for tree in trees}
         try:
             self._compute(work, trees, present, backward=backward)
             gradients = self._body.gradients(present) if backward else {}
         except torch.OutOfMemoryError:
             self._body.forget(present)
-            return False
+            return self._smaller(work, trees)
+        if self._body.spoiled():
+            return _by_runs(trees)
         for run, gradient in gradients.items():
             work.gradients[run] = work.gradients[run].add_(gradient) if run in work.gradients else gradient
-        return True
+        return []
+
+    def _smaller(self, work: Work, trees: list[Tree]) -> list[list[Tree]]:
+        """Return the halves of a part that did not fit, or note that a single sequence does not."""
+        torch.cuda.empty_cache()
+        halves = _halves(trees)
+        if halves is None:
+            text = f"a sequence of {trees[0].rows} tokens does not fit into the trainer's memory"
+            work.failures[str(trees[0].run)] = PermanentError(text)
+            return []
+        self._max_rows = min(self._max_rows, max(1, sum(tree.rows for tree in trees) // 2))
+        return halves
 
     def _compute(self, work: Work, trees: list[Tree], states: Mapping[str, RunState], *, backward: bool) -> None:
         packed = pack(trees, work.sequences, work.targets.device, masks=self._body.masks)
@@ -133,6 +141,13 @@ class PassRunner:
             torch.autograd.backward(torch.stack(losses).sum())
             gradient.index_copy_(0, chunk.rows, rows.grad)  # type: ignore[arg-type]
         self._body.backward(gradient)
+
+
+def _by_runs(trees: list[Tree]) -> list[list[Tree]]:
+    """Split a part of several runs between two of them."""
+    runs = list(dict.fromkeys(tree.run for tree in trees))
+    first = set(runs[: len(runs) // 2])
+    return [[tree for tree in trees if (tree.run in first) == chosen] for chosen in (True, False)]
 
 
 def _halves(trees: list[Tree]) -> list[list[Tree]] | None:

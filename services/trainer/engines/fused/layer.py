@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class LayerWeights(NamedTuple):
     """The frozen weights of a layer. Those of the norms are fp32 factors."""
 
     projections: tuple[tuple[Tensor, Tensor | None], ...]
-    """Weight and bias of each of `KINDS`."""
+    """Of each of `KINDS` the weight with room for adapters behind it (`Projection.wide`), and the bias."""
     norm_in: Tensor
     norm_mlp: Tensor
     norm_q: Tensor | None
@@ -52,10 +52,12 @@ class Rows(NamedTuple):
     documents: Documents
     ends: Tensor
     """int32 [runs]: behind the last row of each run; rows are sorted by run."""
+    owners: Tensor | None = None
+    """int64 [rows]: the run of each row. None: there is one run."""
 
 
 Stack = tuple[Tensor, Tensor]
-"""The adapters of all runs for one kind: A [runs, rank, in] and scaled B [runs, out, rank]."""
+"""The adapters of all runs for one kind, see `Stacks`."""
 
 Layer = Callable[[Tensor, LayerWeights, tuple[Stack, ...], Rows], Tensor]
 
@@ -65,10 +67,10 @@ def make_layer(shape: LayerShape, activation: Callable[[Tensor], Tensor]) -> Lay
 
     def layer(x: Tensor, weights: LayerWeights, stacks: tuple[Stack, ...], rows: Rows) -> Tensor:
         qkv, out, gate_up, down = zip(weights.projections, stacks, strict=True)
-        heads = _attention(project(rms_norm(x, weights.norm_in, shape.eps), *qkv, rows.ends), weights, rows, shape)
-        x = x + project(heads, *out, rows.ends)
-        gate, up = project(rms_norm(x, weights.norm_mlp, shape.eps), *gate_up, rows.ends).chunk(2, dim=-1)
-        return x + project(activation(gate) * up, *down, rows.ends)
+        heads = _attention(project(rms_norm(x, weights.norm_in, shape.eps), *qkv, rows), weights, rows, shape)
+        x = x + project(heads, *out, rows)
+        gate, up = project(rms_norm(x, weights.norm_mlp, shape.eps), *gate_up, rows).chunk(2, dim=-1)
+        return x + project(activation(gate) * up, *down, rows)
 
     return layer
 
@@ -85,14 +87,46 @@ def factor(norm: nn.Module) -> Tensor:
     return 1.0 + weight if type(norm).__name__.startswith("Gemma") else weight
 
 
-def project(x: Tensor, frozen: tuple[Tensor, Tensor | None], stack: Stack, ends: Tensor) -> Tensor:
+def project(x: Tensor, frozen: tuple[Tensor, Tensor | None], stack: Stack, rows: Rows) -> Tensor:
     """Map x [rows, in] to [rows, out] by a frozen layer and, run by run, the adapters of its stack."""
-    base = functional.linear(x, *frozen)
-    a, b = stack
-    if a.shape[0] == 1:
-        return base + (x @ a.squeeze(0).T) @ b.squeeze(0).T
-    low = functional.grouped_mm(x, a.transpose(1, 2), offs=ends)
-    return base + functional.grouped_mm(low, b.transpose(1, 2), offs=ends)
+    (wide, bias), (a, b) = frozen, stack
+    if b.dim() == 2:
+        mask = None if rows.owners is None else _own_columns(rows.owners, a)
+        return _Dense.apply(x, wide, bias, a.flatten(0, 1), b, mask)  # type: ignore[no-any-return, no-untyped-call]
+    base = functional.linear(x, wide[:, : x.shape[1]], bias)
+    low = functional.grouped_mm(x, a.transpose(1, 2), offs=rows.ends)
+    return base + functional.grouped_mm(low, b.transpose(1, 2), offs=rows.ends)
+
+
+def _own_columns(owners: Tensor, a: Tensor) -> Tensor:
+    """Return which columns of x A^T are of a row's own run, bool [rows, runs * rank], for A [runs, rank, in]."""
+    columns = torch.arange(a.shape[0] * a.shape[1], device=a.device)
+    return owners[:, None] == columns // a.shape[1]
+
+
+class _Dense(torch.autograd.Function):
+    """x W^T + (x A^T) B^T as one product of [x, x A^T] with [W, B], for the adapters of all runs together.
+
+    A row keeps only what its own run's A gives. Other runs' B then meet zeros, which changes nothing as long as all is
+    finite; `FusedLayers.spoiled` tells when it is not. B is read from behind W; `b` is there for its gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, wide: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        low = x @ a.T
+        joined = torch.cat((x, low if mask is None else torch.where(mask, low, 0)), dim=1)
+        ctx.save_for_backward(joined, wide, a, mask)
+        return functional.linear(joined, wide[:, : joined.shape[1]], bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        joined, wide, a, mask = ctx.saved_tensors
+        inputs = a.shape[1]
+        back = grad @ wide[:, : joined.shape[1]]
+        low = back[:, inputs:] if mask is None else torch.where(mask, back[:, inputs:], 0)
+        return back[:, :inputs] + low @ a, None, None, low.T @ joined[:, :inputs], grad.T @ joined[:, inputs:], None
 
 
 def _attention(qkv: Tensor, weights: LayerWeights, rows: Rows, shape: LayerShape) -> Tensor:

@@ -28,7 +28,7 @@ from services.trainer.engines.fused.layer import (
     rms_norm,
 )
 from services.trainer.engines.fused.projections import join, kind_shapes
-from services.trainer.engines.fused.stacks import Stacks, stack_rank
+from services.trainer.engines.fused.stacks import RANKS, Stacks, stack_rank
 from services.trainer.engines.run_state import RunState
 from shared.models.packing import Packed, Tree
 from shared.models.varlen import documents
@@ -47,6 +47,8 @@ class FusedOptions:
     """Passes of more rows than this keep only the hidden states between layers and compute the rest again on the way
     back. None: never."""
     share_prefixes: bool = True
+    dense_ranks: int = 128
+    """Ranks of all runs of a pass together up to which their adapters are one product; above they are grouped ones."""
 
 
 def supported(model: PreTrainedModel) -> bool:
@@ -73,10 +75,12 @@ class FusedLayers:
         self._eps = float(model.config.rms_norm_eps)
         self._shapes = kind_shapes(self._inner.layers)
         self._norm = factor(self._inner.norm)
-        weights = [_weights(layer, joined) for layer, joined in zip(self._inner.layers, join(model), strict=True)]
+        room = max(options.dense_ranks, RANKS[-1])
+        weights = [_weights(layer, joined) for layer, joined in zip(self._inner.layers, join(model, room), strict=True)]
         self._layers = list(zip(_functions(model, options), weights, strict=True))
         self._stacks: dict[tuple[int, int], Stacks] = {}
         self._graphs = Graphs() if options.graphs else None
+        self._finite: list[Tensor] = []
         self._last: tuple[Stacks, Callable[[Tensor], Sequence[Tensor]]] | None = None
         self._left: tuple[Stacks, Sequence[Tensor]] | None = None
 
@@ -104,6 +108,7 @@ class FusedLayers:
             cos, sin = (part[0] for part in self._inner.rotary_emb(x[None], packed.positions[None]))
         rows = Rows(cos, sin, documents(trees, packed.rows, device), torch.tensor(ends, dtype=torch.int32).to(device))
         hidden, back = self._run(x, rows, stacks, backward=backward)
+        self._finite = [hidden.sum(dtype=torch.float32)] if len(present) > 1 and stacks.dense else []
         self._last, self._left = (stacks, back), None
         return hidden
 
@@ -119,6 +124,10 @@ class FusedLayers:
 
     def _compute(self, x: Tensor, rows: Rows, stacks: Stacks) -> Tensor:
         limit = self._options.recompute_rows
+        if stacks.places > 1 and stacks.dense:
+            rows = rows._replace(
+                owners=torch.searchsorted(rows.ends, torch.arange(len(x), device=x.device), right=True)
+            )
         recompute = limit is not None and len(x) > limit and torch.is_grad_enabled()
         for (layer, weights), stack in zip(self._layers, stacks.leaves, strict=True):
             if recompute:
@@ -141,7 +150,13 @@ class FusedLayers:
         for vector, state in zip(vectors, states.values(), strict=True):
             if state.adapter.spec.train_unembed:
                 vector.add_(state.take_gradient())  # what the unembedding left
+        if self._finite:
+            self._finite += [vector.sum() for vector in vectors]
         return dict(zip(states, vectors, strict=True))
+
+    def spoiled(self) -> bool:
+        """See `Body.spoiled`."""
+        return bool(self._finite) and not torch.stack(self._finite).isfinite().all().item()
 
     def forget(self, states: Mapping[str, RunState]) -> None:
         """See `Body.forget`."""
@@ -154,8 +169,9 @@ class FusedLayers:
         places = roomy(len(states))
         rank = stack_rank([state.adapter.spec.rank for state in states])
         if (places, rank) not in self._stacks:
-            like = self._layers[0][1].projections[0][0]
-            self._stacks[places, rank] = Stacks(self._shapes, len(self._layers), places, rank, like)
+            wide = [[weight for weight, _ in weights.projections] for _, weights in self._layers]
+            dense = places == 1 or places * rank <= self._options.dense_ranks
+            self._stacks[places, rank] = Stacks(self._shapes, wide, places, rank, dense=dense)
         return self._stacks[places, rank]
 
 
@@ -164,7 +180,7 @@ def _weights(layer: nn.Module, joined: Sequence[Any]) -> LayerWeights:
     norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     norm_q, norm_k = (None if norm is None else factor(norm) for norm in norms)
     return LayerWeights(
-        projections=tuple((projection.weight, projection.bias) for projection in joined),
+        projections=tuple((projection.wide, projection.bias) for projection in joined),
         norm_in=factor(layer.input_layernorm),  # type: ignore[arg-type]
         norm_mlp=factor(layer.post_attention_layernorm),  # type: ignore[arg-type]
         norm_q=norm_q,

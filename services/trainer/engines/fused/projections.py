@@ -1,7 +1,8 @@
 """The linear layers of a decoder layer, joined where they read the same input.
 
 Queries, keys and values are one product instead of three, gate and up one instead of two. The joined weights take the
-place of the model's own, which become views of them, so nothing is held twice.
+place of the model's own, which become views of them, so nothing is held twice. Behind each weight's columns there is
+room for the B of adapters, so that a product with both is one product (see `layer.project`).
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ KINDS = (QKV, OUT, GATE_UP, DOWN)
 
 @dataclass(frozen=True)
 class Projection:
-    """One kind in one layer: weight [out, in], bias [out] or None, `out` over all parts."""
+    """One kind in one layer, `out` over all parts; bias [out] or None."""
 
-    weight: Tensor
+    wide: Tensor
+    """[out, in + room]: the weight, and zeros."""
     bias: Tensor | None
 
 
@@ -61,9 +63,9 @@ def kind_shapes(layers: Sequence[nn.Module]) -> list[KindShape]:
     return found[0]
 
 
-def join(model: PreTrainedModel) -> list[list[Projection]]:
-    """Return the projections of every layer, in the order of `KINDS`."""
-    return [[_joined(layer, kind) for kind in KINDS] for layer in model.base_model.layers]
+def join(model: PreTrainedModel, ranks: int) -> list[list[Projection]]:
+    """Return the projections of every layer, in the order of `KINDS`, with room for adapters of so many ranks."""
+    return [[_joined(layer, kind, ranks * len(kind.parts)) for kind in KINDS] for layer in model.base_model.layers]
 
 
 def _linears(layer: nn.Module, kind: Kind) -> list[nn.Linear]:
@@ -76,16 +78,12 @@ def _shape(layer: nn.Module, kind: Kind) -> KindShape:
     return KindShape(kind, linears[0].in_features, tuple(linear.out_features for linear in linears))
 
 
-def _joined(layer: nn.Module, kind: Kind) -> Projection:
+def _joined(layer: nn.Module, kind: Kind, room: int) -> Projection:
     linears = _linears(layer, kind)
-    if len(linears) == 1:
-        return Projection(linears[0].weight.detach(), _detached(linears[0].bias))
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    for linear, rows in zip(linears, torch.split(weight, [linear.out_features for linear in linears]), strict=True):
+    outputs, inputs = [linear.out_features for linear in linears], linears[0].in_features
+    wide = linears[0].weight.new_zeros(sum(outputs), inputs + room)
+    for linear, rows in zip(linears, torch.split(wide[:, :inputs], outputs), strict=True):
+        rows.copy_(linear.weight.detach())
         linear.weight.data = rows
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    return Projection(weight, torch.cat([bias.detach() for bias in biases]) if biases else None)
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    return Projection(wide, torch.cat(biases) if biases else None)

@@ -1,8 +1,12 @@
-"""The adapters of the runs of a pass, stacked so that one grouped product serves them all.
+"""The adapters of the runs of a pass, stacked so that one product serves them all.
 
-For each kind of projection there is A [layers, runs, parts * rank, in] and B [layers, runs, out, parts * rank], in the
-model's dtype. Ranks are filled up with zeros to a common one, and B is zero where a part's outputs meet another part's
-rank, so a joined projection with its adapters is again one product. B holds the factor alpha / rank.
+For each kind of projection there is A [layers, runs, parts * rank, in] and B, in the model's dtype. Ranks are filled up
+with zeros to a common one, and B is zero where a part's outputs meet another part's rank, so a joined projection with
+its adapters is again one product. B holds the factor alpha / rank.
+
+*Dense* stacks, for few ranks, have B as [layers, out, runs * parts * rank] and copy it behind the frozen weights, where
+`layer.project` reads it. The others have it as [layers, runs, out, parts * rank] for grouped products, whose cost does
+not grow with the runs.
 
 A run's own fp32 vector keeps all layers of one matrix together (`Adapter.places`), so that moving a run in or out takes
 a few strided copies, however many layers there are.
@@ -36,15 +40,20 @@ def stack_rank(ranks: Sequence[int]) -> int:
 class Stacks:
     """Stacks for up to `places` runs."""
 
-    def __init__(self, shapes: Sequence[KindShape], layers: int, places: int, rank: int, like: Tensor) -> None:
-        """`like` has the model's dtype and device."""
-        self.places, self.rank = places, rank
-        self._shapes, self._layers = shapes, layers
-        self._a = [like.new_zeros(layers, places, len(s.outputs) * rank, s.inputs) for s in shapes]
-        self._b = [like.new_zeros(layers, places, sum(s.outputs), len(s.outputs) * rank) for s in shapes]
+    def __init__(
+        self, shapes: Sequence[KindShape], wide: Sequence[Sequence[Tensor]], places: int, rank: int, *, dense: bool
+    ) -> None:
+        """`wide` has the frozen weights with their room, layer by layer, kind by kind."""
+        self.places, self.rank, self.dense = places, rank, dense
+        self._shapes, self._layers, self._wide = shapes, len(wide), wide
+        like, columns = wide[0][0], [len(s.outputs) * rank for s in shapes]
+        self._a = [like.new_zeros(len(wide), places, c, s.inputs) for s, c in zip(shapes, columns, strict=True)]
+        outputs = [sum(s.outputs) for s in shapes]
+        sizes = [(o, places * c) if dense else (places, o, c) for o, c in zip(outputs, columns, strict=True)]
+        self._b = [like.new_zeros(len(wide), *size) for size in sizes]
         self.leaves: list[tuple[Stack, ...]] = [
             tuple((a[layer].requires_grad_(), b[layer].requires_grad_()) for a, b in zip(self._a, self._b, strict=True))
-            for layer in range(layers)
+            for layer in range(len(wide))
         ]
         """For each layer the stack of each kind, as the leaves of a pass."""
 
@@ -61,7 +70,11 @@ class Stacks:
         for first, alike in self._alike(states):
             vectors = torch.stack([state.weights for state in alike])
             for ours, theirs, scale in self._blocks(self._a, self._b, first, alike[0].adapter, vectors):
-                ours.copy_(theirs * scale if scale != 1.0 else theirs)
+                torch.mul(theirs, scale, out=ours)
+        if self.dense:
+            for weights, stacks in zip(self._wide, self.leaves, strict=True):
+                for wide, (a, b) in zip(weights, stacks, strict=True):
+                    wide[:, a.shape[2] : a.shape[2] + b.shape[1]].copy_(b)
 
     @torch.no_grad()
     def gradients(self, leaves: Sequence[Tensor], states: Sequence[RunState]) -> list[Tensor]:
@@ -77,7 +90,7 @@ class Stacks:
             size = alike[0].weights.numel()
             joined = torch.zeros(len(alike), size, device=a[0].device)
             for theirs, ours, scale in self._blocks(a, b, first, alike[0].adapter, joined):
-                ours.copy_(theirs).mul_(scale)
+                torch.mul(theirs, scale, out=ours)
             found += joined.unbind()
         return found
 
@@ -100,7 +113,8 @@ class Stacks:
         """
         rank, runs = adapter.spec.rank, len(vectors)
         spans = _spans(adapter)
-        for shape, stack_a, stack_b in zip(self._shapes, a, b, strict=True):
+        by_run = [torch.unflatten(stack, 2, (self.places, -1)).transpose(1, 2) if self.dense else stack for stack in b]
+        for shape, stack_a, stack_b in zip(self._shapes, a, by_run, strict=True):
             places_a, places_b = stack_a[:, first : first + runs], stack_b[:, first : first + runs]
             for part, (name, begin, size) in enumerate(zip(shape.kind.parts, shape.starts, shape.outputs, strict=True)):
                 if name not in spans:
