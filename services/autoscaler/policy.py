@@ -109,7 +109,8 @@ class _Draft:
         self._observed, self._stand, self._configs, self._planned = observed, stand, configs, planned
         self._gpus = observed.gpus
         self._usable = {gpu.name for gpu in observed.gpus if not gpu.cordoned}
-        self._names = Names(replica.name for replica in observed.replicas)
+        # A replica that has moved still says whom it replaced: a new one of that name would be taken for the old one.
+        self._names = Names(name for replica in observed.replicas for name in (replica.name, replica.replaces))
         self._leaving = {replica.name for replica in observed.replicas if replica.state == "draining"}
         self._leaving |= set(stand.successors)
         self.starts: list[Start] = []
