@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
+from dashboards.by_model import CALLED, MODEL, recorded
 from dashboards.model import RATE, Choice, Page, Query, Row, lines, quantiles, share, stacked
-
-MODEL = 'base_model=~"$base_model"'
-CALLED = "{{base_model}}"
-
-
-def recorded(name: str, legend: str = CALLED) -> Query:
-    """A recorded series, by pool."""
-    return Query(f"openrl:{name}{{{MODEL}}}", legend)
-
 
 PAGE = Page(
     uid="openrl-pools",

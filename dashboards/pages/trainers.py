@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
+from dashboards.by_model import CALLED, MODEL, recorded
 from dashboards.model import RATE, Choice, Page, Query, Row, lines, quantiles, share, stacked
 
-MODEL = 'base_model=~"$base_model"'
-CALLED = "{{base_model}}"
 REPLICA = "{{instance}}"
-
-
-def recorded(name: str, legend: str = CALLED) -> Query:
-    """A recorded series, by base model."""
-    return Query(f"openrl:{name}{{{MODEL}}}", legend)
 
 
 def per_pass(histogram: str) -> Query:

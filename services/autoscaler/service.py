@@ -27,13 +27,12 @@ from services.autoscaler.prometheus import Prometheus
 from services.autoscaler.readings import loads
 from services.autoscaler.telling import told
 from shared import topology
+from shared.contracts.placement import NEWEST_PLAN
 from shared.contracts.replicas import SCALED
 from shared.errors import MeshError, UserError
 from shared.node import Node
 
 log = logging.getLogger(__name__)
-
-NEWEST = "newest"
 
 
 class AutoscalerService:
@@ -125,7 +124,7 @@ class AutoscalerService:
             log.info("%s", event.reason, extra={"group": event.group, "decision": event.decision})
             self._metrics.decisions.labels(event.group, event.decision, event.cause).inc()
             await self._node.bus.publish(topology.SCALING, event, group=event.group)
-        await self._plans.put(NEWEST, told(plan, observed, self._config.groups, now, dry_run=dry_run))
+        await self._plans.put(NEWEST_PLAN, told(plan, observed, self._config.groups, now, dry_run=dry_run))
 
 
 def _actuator(config: AutoscalerConfig, node: Node) -> Actuator:

@@ -12,7 +12,7 @@ from services.local.client import connected
 from services.local.config import Paths, ServiceCommand, Setting, service_command, slugs
 from services.local.printing import duration, table
 from shared import topology
-from shared.contracts.placement import GpuRecord, PlanRecord
+from shared.contracts.placement import NEWEST_PLAN, GpuRecord, PlanRecord
 from shared.errors import UserError
 
 GIB = 1 << 30
@@ -61,7 +61,7 @@ def groups(models: Mapping[str, Path]) -> list[dict[str, Any]]:
 async def newest(paths: Paths) -> PlanRecord:
     """The newest plan. Raise `UserError` if there is none."""
     async with connected(paths) as bus:
-        entry = await bus.table(topology.PLANS).get("newest")
+        entry = await bus.table(topology.PLANS).get(NEWEST_PLAN)
     if entry is None:
         raise UserError("there is no plan: start the mesh with `openrl up --autoscale`")
     return entry.value

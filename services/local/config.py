@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.local.machine import free_port
 from shared.errors import UserError
 
 DEFAULT_PORT = 4222
@@ -128,13 +128,6 @@ class ServiceCommand:
     """Variables of its own."""
 
 
-def free_port() -> int:
-    """A free port of 127.0.0.1, chosen once: a gateway that is started again must be where its clients look for it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def mesh_commands(
     paths: Paths,
     models: Mapping[str, Path],
@@ -156,6 +149,7 @@ def mesh_commands(
         service_command("reward"),
     ]
     if gateway_port is not None:
+        # Chosen once: a gateway that is started again must be where its clients look for it.
         settings: dict[str, Setting] = {"port": gateway_port or free_port(), "secret_file": str(paths.gateway_secret)}
         commands.append(service_command("gateway", config=settings))
     if placed:

@@ -39,6 +39,13 @@ def check_port(port: int, option: str = "--port") -> None:
             ) from None
 
 
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nobody listens at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def check_device(device: str) -> None:
     """Raise `UserError` if models cannot run there. `auto` and `cpu` are always fine; for others torch is asked."""
     if device in ("auto", "cpu"):

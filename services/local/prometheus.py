@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import socket
 import sys
 from collections.abc import Iterable
 from importlib import resources
@@ -20,7 +19,7 @@ import aiohttp
 
 from services.local.config import Paths, ServiceCommand, service_command
 from services.local.logs import rotate
-from services.local.machine import check_port
+from services.local.machine import check_port, free_port
 from services.local.processes import CHILD_ENVIRONMENT, Process, Program, guarded
 from services.local.state import replace_file
 from shared.contracts.replicas import ReplicaRecord
@@ -46,7 +45,7 @@ class Prometheus:
         """`port` on 127.0.0.1, 0 for a free one. Raise `UserError` if there is no Prometheus, or the port is taken."""
         self._binary = find_binary(NAME)
         check_port(port, "--prometheus-port")
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self._directory = paths.root / NAME
         self._log = paths.log(NAME)
         self._config = self._directory / "prometheus.yml"
@@ -173,9 +172,3 @@ async def _answers(http: aiohttp.ClientSession, url: str) -> bool:
             return answer.status == HTTP_OK
     except (aiohttp.ClientError, TimeoutError, OSError):
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -106,8 +106,12 @@ class GroupStanding(Contract):
     """What was measured, by name."""
 
 
+NEWEST_PLAN = "newest"
+"""Key in the bucket `plans`."""
+
+
 class PlanRecord(Contract):
-    """The newest plan, for people; the value of `newest` in the bucket `plans`."""
+    """A plan, for people; the bucket `plans` has the newest one."""
 
     at: float
     groups: list[GroupStanding] = []

@@ -14,12 +14,12 @@ from aiohttp import web
 
 from services.autoscaler.config import AutoscalerConfig, GroupConfig, ScalingConfig, ShapeConfig
 from services.autoscaler.readings import BUS_LOOK, SAMPLERS
-from services.autoscaler.service import NEWEST, AutoscalerService
+from services.autoscaler.service import AutoscalerService
 from services.local.config import ServiceCommand
 from services.local.placed import Placeable, Placed
 from services.local.state import Condition
 from shared import topology
-from shared.contracts.placement import GpuRecord, NodeRecord, PlacementRecord, ScalingDecided
+from shared.contracts.placement import NEWEST_PLAN, GpuRecord, NodeRecord, PlacementRecord, ScalingDecided
 from shared.contracts.replicas import ReplicaRecord
 from shared.node import Node
 from shared.process import running
@@ -165,7 +165,7 @@ async def test_every_decision_is_told_with_its_reason_and_the_plan_can_be_read(
             told.append(delivery.message)
             if delivery.message.decision == "start":
                 break
-        plan = await node.bus.table(topology.PLANS).get(NEWEST)
+        plan = await node.bus.table(topology.PLANS).get(NEWEST_PLAN)
     assert [event.decision for event in told[-2:]] == ["scale", "start"]
     assert "the first request waits" in told[-2].reason
     assert told[-1].gpus == ["here/0"]
@@ -190,7 +190,7 @@ async def test_without_prometheus_nothing_is_stopped(place: Place, prometheus: F
         prometheus.values = None
 
         async def held() -> bool | None:
-            plan = await node.bus.table(topology.PLANS).get(NEWEST)
+            plan = await node.bus.table(topology.PLANS).get(NEWEST_PLAN)
             return True if plan is not None and "held" in plan.value.groups[0].reason else None
 
         await eventually(held)
@@ -207,7 +207,7 @@ async def test_a_dry_run_says_what_it_would_do_and_does_nothing(place: Place, pr
         await node.bus.table(topology.NODES).put("here", NODE)
 
         async def planned() -> bool | None:
-            plan = await node.bus.table(topology.PLANS).get(NEWEST)
+            plan = await node.bus.table(topology.PLANS).get(NEWEST_PLAN)
             starts = [replica for replica in plan.value.replicas if replica.state == "start"] if plan else []
             return True if plan is not None and plan.value.dry_run and starts else None
 
